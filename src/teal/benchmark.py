@@ -1,0 +1,206 @@
+"""bench: decode speed dense and at each level, interleaved, with the bytes behind it and a correctness check."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal.engine.generate import DecodeState, decode_tokens
+from teal.engine.model import DecoderModel
+from teal.errors import TealError
+from teal.linear import sparse_layers
+from teal.ops import reference
+from teal.ops.sparse_gemv import sparse_gemv
+from teal.plan import SparsityPlan
+from teal.progress import track
+from teal.sparsify import set_sparsity, sparsify
+from teal.sparsity_meter import SparsityMeter
+
+FORMAT = "teal.benchmark"
+VERSION = 1
+READ_BYTES = 1 << 28  # several times any last-level cache
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest output
+
+
+@dataclass(frozen=True)
+class LevelSpeed:
+    """Decode at one level: medians over the repeats, and the spread from the slowest to the fastest.
+
+    `sparsity` is realised on the decoded tokens; `bytes_needed` per token counts the weights of kept channels,
+    LM head, norms and the KV cache, `bytes_read` what the weight layout really reads;
+    `bandwidth_share` is bytes_read per second over the bandwidth measured in the same run.
+    """
+
+    level: float
+    sparsity: float
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    speedup: float
+    speedup_slowest: float
+    speedup_fastest: float
+    bytes_needed: int
+    bytes_read: int
+    bandwidth_share: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`speeds` by level, dense first. `bandwidth` in bytes per second is the median of a plain read."""
+
+    speeds: list[LevelSpeed]
+    bandwidth: float
+    details: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "version": VERSION, "bandwidth": self.bandwidth, "details": self.details,
+            "speeds": [vars(speed) for speed in self.speeds],
+        }  # fmt: skip
+
+
+def benchmark(
+    engine: DecoderModel,
+    plan: SparsityPlan,
+    levels: Sequence[float],
+    prompt_ids: Sequence[int],
+    *,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    show_progress: bool = False,
+) -> Benchmark:
+    """Time greedy decoding of `new_tokens` after the prompt, dense and at each level in turn, `repeats` times.
+
+    Prefill is not timed. Every level first decodes once untimed, which warms up and counts the sparsity that
+    is realised. Raises TealError if a sparse product differs from the reference.
+    """
+    levels = [0.0, *(level for level in levels if level > 0)]
+    sparsify(engine, plan, 0.0)
+    context = len(prompt_ids) + new_tokens
+    state = DecodeState.of(engine, context=context)
+    sparsity, checked = {}, 0.0
+    for level in levels:
+        set_sparsity(engine, level)
+        checked = max(checked, check_products(engine))
+        meter = SparsityMeter(engine)
+        with meter.measuring():
+            _decode_seconds(engine, state, prompt_ids, new_tokens)
+        sparsity[level] = meter.sparsity()
+    seconds: dict[float, list[float]] = {level: [] for level in levels}
+    bandwidths, buffer = [], torch.ones(READ_BYTES // 4, dtype=torch.float32, device=engine.device)
+    read_bandwidth(buffer)  # warms up
+    for _ in track(range(repeats), "decoding", repeats, show_progress):
+        bandwidths.append(read_bandwidth(buffer))
+        for level in levels:
+            set_sparsity(engine, level)
+            seconds[level].append(_decode_seconds(engine, state, prompt_ids, new_tokens))
+    bandwidth = statistics.median(bandwidths)
+    mean_position = len(prompt_ids) + new_tokens // 2
+    speeds = [
+        _speed(engine, level, sparsity[level], seconds[level], seconds[0.0], new_tokens, bandwidth, mean_position)
+        for level in levels
+    ]
+    details = {
+        "prompt_tokens": len(prompt_ids), "new_tokens": new_tokens, "repeats": repeats, "plan": plan.method,
+        "dtype": str(engine.dtype).removeprefix("torch."), "device": str(engine.device),
+        "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "layout": next(iter(sparse_layers(engine).values())).packed.layout,
+        "largest_relative_error": checked, "tolerance": TOLERANCE[engine.dtype],
+        "rule": "every decoded token is sparse, prefill is dense and not timed, the LM head is dense",
+    }  # fmt: skip
+    return Benchmark(speeds, bandwidth, details)
+
+
+def check_products(engine: DecoderModel) -> float:
+    """Compare the sparse product of every projection of the first and the last block with the reference.
+
+    Returns the largest error relative to the largest output. Raises TealError beyond the dtype's rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for block in {0, len(engine.blocks) - 1}:
+        for name, layer in sparse_layers(engine.blocks[block]).items():
+            x = torch.randn(1, layer.in_features, generator=generator).to(engine.device, engine.dtype)
+            got = sparse_gemv(x, layer.packed, layer.threshold, layer.bias).float()
+            want = reference.sparse_gemv(x.float(), layer.weight.float(), layer.threshold, layer.bias)
+            error = float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
+            if not error <= TOLERANCE[engine.dtype]:
+                raise TealError(f"block {block} {name} differs from the reference by {error:.2g} of its largest output")
+            worst = max(worst, error)
+    return worst
+
+
+def read_bandwidth(buffer: Tensor) -> float:
+    """Bytes per second of a plain read of `buffer` by all threads; on a GPU of a copy, counted twice."""
+    size = buffer.numel() * buffer.element_size()
+    _synchronize(buffer.device)
+    started = time.perf_counter()
+    if buffer.device.type == "cuda":
+        buffer.clone()
+        size *= 2
+    else:
+        buffer.sum()
+    _synchronize(buffer.device)
+    return size / (time.perf_counter() - started)
+
+
+def _decode_seconds(engine: DecoderModel, state: DecodeState, prompt_ids: Sequence[int], new_tokens: int) -> float:
+    """Seconds from the first new token, which prefill gives, to the last."""
+    tokens = decode_tokens(engine, prompt_ids, new_tokens, ignore_eos=True, state=state)
+    next(tokens)
+    _synchronize(engine.device)
+    started = time.perf_counter()
+    for _ in tokens:
+        pass
+    _synchronize(engine.device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _speed(
+    engine: DecoderModel,
+    level: float,
+    sparsity: float,
+    seconds: list[float],
+    dense_seconds: list[float],
+    new_tokens: int,
+    bandwidth: float,
+    mean_position: int,
+) -> LevelSpeed:
+    steps = new_tokens - 1
+    needed, read = bytes_per_token(engine, sparsity, mean_position)
+    ratios = [dense / sparse for dense, sparse in zip(dense_seconds, seconds, strict=True)]
+    median = statistics.median(seconds)
+    return LevelSpeed(
+        level=level,
+        sparsity=sparsity,
+        tokens_per_second=steps / median,
+        slowest=steps / max(seconds),
+        fastest=steps / min(seconds),
+        speedup=statistics.median(ratios),
+        speedup_slowest=min(ratios),
+        speedup_fastest=max(ratios),
+        bytes_needed=needed,
+        bytes_read=read,
+        bandwidth_share=read * steps / median / bandwidth,
+    )
+
+
+def bytes_per_token(engine: DecoderModel, sparsity: float, mean_position: int) -> tuple[int, int]:
+    """Bytes that one decoded token makes necessary, and bytes that the weight layout reads."""
+    blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
+    skipping = all(layer.packed.skips_channels for layer in sparse_layers(engine).values())
+    element = engine.embed_tokens.weight.element_size()
+    norms = sum(p.numel() * element for name, p in engine.named_parameters() if "norm" in name)
+    cache = 2 * len(engine.blocks) * engine.config.kv_heads * engine.config.head_dim * mean_position * element
+    fixed = engine.lm_head.numel() * element + norms + cache
+    needed = round(blocks * (1 - sparsity) + fixed)
+    return needed, needed if skipping else round(blocks + fixed)

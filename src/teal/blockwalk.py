@@ -1,0 +1,222 @@
+"""Walk a model block by block: hidden states are carried along, only one block's weights need be in memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teal.artifacts import check_header, read_tensors, write_tensors
+from teal.checkpoint import Checkpoint, load_config, load_model
+from teal.errors import TealError
+from teal.structure import FINGERPRINT_ROWS, ModelIdentity, ModelStructure, fingerprint, identify
+
+
+class BlockSource:
+    """The blocks of a model that is in memory. `model`, its `structure` and its `identity`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.structure = ModelStructure.of(model)
+        self.identity = self._identify()
+
+    def _identify(self) -> ModelIdentity:
+        return identify(self.model, self.structure)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """One block with its weights, for as long as the context lasts."""
+        yield self.structure.block_modules(self.model)[index]
+
+    @torch.no_grad()
+    def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the first block receives for tokens [B, L], hidden states [B, L, d], and the keyword arguments
+        (masks, rotary embeddings) that the model passes to every block for one sequence of L tokens.
+        """
+        blocks = self.structure.block_modules(self.model)
+        base = self.model.get_submodule(self.structure.path.rpartition(".")[0])
+        device = next(parameter for parameter in base.parameters() if not parameter.is_meta).device
+        hidden, arguments = [], [{} for _ in blocks]
+        with _recording(blocks, hidden, arguments):
+            for row in tokens:
+                base(input_ids=row[None].to(device), use_cache=False)
+        return torch.cat(hidden), arguments
+
+
+class StreamedBlocks(BlockSource):
+    """The blocks of a checkpoint: everything else is memory-mapped, a block's weights are read when it is used."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = Checkpoint(directory)
+        self.dtype = dtype
+        super().__init__(_skeleton(directory, self.checkpoint, dtype))
+
+    def _identify(self) -> ModelIdentity:
+        return ModelIdentity.of(
+            self.structure,
+            fingerprint(self.structure, lambda name: self.checkpoint.rows(name, FINGERPRINT_ROWS)),
+        )
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        module = self.structure.block_modules(self.model)[index]
+        weights = self.checkpoint.tensors(f"{self.structure.path}.{index}.")
+        _assign(
+            module,
+            {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in weights},
+            f"block {index}",
+        )
+        try:
+            yield module
+        finally:
+            module.to("meta")
+
+
+def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> BlockSource:
+    """The blocks of a model in memory, or of a checkpoint directory, streamed where its names allow it.
+
+    `dtype` None keeps the stored one. Raises TealError for an unknown architecture or damaged weights.
+    """
+    if isinstance(model, nn.Module):
+        return BlockSource(model)
+    directory = Path(model)
+    with torch.device("meta"):
+        structure = ModelStructure.of(_from_config(directory, None))
+    index, projection = next(structure.projections())
+    if f"{structure.module_name(index, projection)}.weight" in Checkpoint(directory):
+        return StreamedBlocks(directory, dtype)
+    return BlockSource(load_model(directory, dtype))  # stored under names that only transformers can map
+
+
+@torch.no_grad()
+def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Sequences [B, L, d] of equal length through a block -> [B, L, d]."""
+    out = block(hidden, **arguments)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Spool:
+    """Finished blocks of a long walk, on disk, so that an interrupted run continues where it stopped.
+
+    Holds one file of results per finished block and the hidden states that enter the next one. `job` says
+    what is being computed: a spool of another job is refused, never mixed in. Without a directory nothing
+    is kept. `discard_spool` deletes it once the result is safe.
+    """
+
+    FORMAT = "teal.spool"
+    VERSION = 1
+
+    def __init__(self, directory: Path | None, job: dict[str, Any]) -> None:
+        self.directory = directory
+        self.job = job
+        self.finished = 0
+        self.hidden: Tensor | None = None
+        if directory is not None and (directory / "hidden.safetensors").exists():
+            tensors, header = self._read("hidden")
+            self.finished, self.hidden = int(header["finished"]), tensors["hidden"]
+
+    def save(self, index: int, results: dict[str, Tensor], hidden: Tensor) -> None:
+        """Keep the results of block `index` and the hidden states it gave."""
+        if self.directory is not None:
+            self._write(f"block-{index:05d}", results, index + 1)
+            self._write("hidden", {"hidden": hidden}, index + 1)
+
+    def results(self, index: int) -> dict[str, Tensor]:
+        """What was saved for a finished block."""
+        return self._read(f"block-{index:05d}")[0]
+
+    def _write(self, name: str, tensors: dict[str, Tensor], finished: int) -> None:
+        header = {"format": self.FORMAT, "version": self.VERSION, "job": self.job, "finished": finished}
+        assert self.directory is not None
+        write_tensors(self.directory / f"{name}.safetensors", tensors, header)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        assert self.directory is not None
+        path = self.directory / f"{name}.safetensors"
+        tensors, header = read_tensors(path)
+        check_header(header, self.FORMAT, self.VERSION, path)
+        if header["job"] != self.job:
+            differing = [key for key in self.job if self.job[key] != header["job"].get(key)]
+            raise TealError(
+                f"{self.directory} holds an unfinished run with other settings (different: {', '.join(differing)}); "
+                "repeat that run as it was, or delete the directory"
+            )
+        return tensors, header
+
+
+def discard_spool(directory: Path) -> None:
+    """Delete a spool directory, if it exists."""
+    if directory.is_dir():
+        for pattern in ("*.safetensors", ".*.tmp"):
+            for file in directory.glob(pattern):
+                file.unlink()
+        directory.rmdir()
+
+
+def _from_config(directory: Path, dtype: torch.dtype | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(directory)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except ValueError as error:
+        raise TealError(f"unknown architecture in {directory}: {str(error).splitlines()[0]}") from error
+
+
+def _skeleton(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
+    """The model with everything but its blocks memory-mapped; the blocks are on the meta device."""
+    with torch.device("meta"):
+        model = _from_config(directory, dtype)
+    path = ModelStructure.of(model).path
+    compute_buffers(model)
+    outside = {name: checkpoint.tensor(name) for name in checkpoint.names() if not name.startswith(f"{path}.")}
+    model.load_state_dict({name: t.to(dtype or t.dtype) for name, t in outside.items()}, strict=False, assign=True)
+    model.tie_weights()
+    parent, _, blocks = path.rpartition(".")
+    for name, value in model.get_submodule(parent).named_parameters():
+        if value.is_meta and not name.startswith(f"{blocks}."):
+            raise TealError(f"{directory} has no tensor {parent}.{name}; its weights do not match its config.json")
+    return model.eval()
+
+
+@torch.no_grad()
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers that no checkpoint holds, rotary frequencies for one, of a model made on meta."""
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if computed:
+            model._init_weights(module)
+
+
+def _assign(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1:]) or str(error)
+        raise TealError(f"{what} of the checkpoint does not match its config.json: {reason}") from error
+
+
+@contextmanager
+def _recording(blocks: Sequence[nn.Module], hidden: list[Tensor], arguments: list[dict[str, Any]]) -> Iterator[None]:
+    """Within the context the blocks compute nothing: they note what they are called with and pass it on."""
+
+    def recorder(index: int) -> Any:
+        def forward(states: Tensor, **keywords: Any) -> Tensor:
+            if index == 0:
+                hidden.append(states)
+            arguments[index] = keywords
+            return states
+
+        return forward
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = recorder(index)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

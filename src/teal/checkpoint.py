@@ -1,0 +1,184 @@
+"""Hugging Face checkpoints on disk: config, tokenizer and safetensors, sharded or not."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teal.errors import TealError, UsageError
+from teal.structure import ModelStructure
+
+EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_MODEL = EMBEDDED / "model"
+
+
+def resolve_model(model: str | Path | None) -> Path:
+    """The local directory of a model: a directory, a hub name (downloaded), or None for the embedded one.
+
+    Raises UsageError if there is no such directory and the name cannot be downloaded.
+    """
+    if model is None:
+        return EMBEDDED_MODEL
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise UsageError(f"{model} is not a directory; name a directory with config.json and safetensors")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:  # the hub raises many kinds; the user needs the one line
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"{model} is no local directory and could not be downloaded: {reason}") from error
+
+
+class Checkpoint:
+    """The weights of a model directory. Tensors are memory-mapped: what is not touched is not read.
+
+    Raises TealError if the directory has no config, no safetensors (pickled weights are never opened),
+    an index that names a missing file, or a file that is truncated or corrupt.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not (self.directory / "config.json").is_file():
+            raise TealError(f"{self.directory} has no config.json; it is not a Hugging Face model directory")
+        self._file_of: dict[str, Path] = {}
+        for file in self._files():
+            for name in self._open(file).keys():  # noqa: SIM118
+                self._file_of[name] = file
+
+    def _files(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                missing = [name for name in names if not (self.directory / name).is_file()]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise TealError(f"{index} is not a valid index ({error}); download it again") from error
+            if missing:
+                raise TealError(f"{index} names {', '.join(missing)}, which is missing; download the checkpoint again")
+            return [self.directory / name for name in names]
+        files = sorted(self.directory.glob("*.safetensors"))
+        if files:
+            return files
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(pattern))
+        if pickled:
+            raise TealError(
+                f"{self.directory} holds only pickled weights ({pickled[0]}), which can run code when opened; "
+                "convert them to safetensors"
+            )
+        raise TealError(f"{self.directory} holds no weights (*.safetensors)")
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise TealError(f"{file} is truncated, corrupt or unreadable ({error}); download it again") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, memory-mapped. Raises TealError if the checkpoint has none of that name."""
+        return self._open(self._path(name)).get_tensor(name)
+
+    def rows(self, name: str, count: int) -> Tensor:
+        """The first `count` rows of a tensor."""
+        return self._open(self._path(name)).get_slice(name)[:count]
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """All tensors whose name starts with `prefix`, by the rest of their name."""
+        names = [name for name in self._file_of if name.startswith(prefix)]
+        for file in sorted({self._file_of[name] for name in names}):
+            opened = self._open(file)
+            for name in names:
+                if self._file_of[name] == file:
+                    yield name[len(prefix) :], opened.get_tensor(name)
+
+    def bytes(self) -> int:
+        """Size of the safetensors files."""
+        return sum(file.stat().st_size for file in set(self._file_of.values()))
+
+    def _path(self, name: str) -> Path:
+        if name not in self._file_of:
+            raise TealError(f"{self.directory} has no tensor {name}; its weights do not match its config.json")
+        return self._file_of[name]
+
+
+def load_config(path: Path) -> Any:
+    """The transformers config of a model directory or of a file.
+
+    Raises TealError if there is none, it is damaged or transformers does not know the model.
+    """
+    from transformers import AutoConfig
+
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise TealError(f"{path} has no config.json; it is not a Hugging Face model directory")
+    try:
+        return AutoConfig.from_pretrained(file)
+    except Exception as error:  # each config class has its own checks and errors
+        reason = str(error).strip().split("\n")[0]
+        raise TealError(f"{file} is not understood: {reason}") from error
+
+
+def structure_from_config(path: str | Path) -> ModelStructure:
+    """The structure of the model that a config describes, without its weights.
+
+    `path` is a model directory or a config file. Raises TealError if it is neither or the architecture is
+    unknown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(Path(path))
+    try:
+        with torch.device("meta"):
+            return ModelStructure.of(AutoModelForCausalLM.from_config(config))
+    except ValueError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TealError(f"{path} describes no causal language model: {reason}") from error
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a model directory. Raises TealError if it has none."""
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in directory.glob(pattern)):
+        raise TealError(f"{directory} has no usable tokenizer: there is no tokenizer file")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TealError(f"{directory} has no usable tokenizer: {reason}") from error
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """The transformers causal language model of a directory, in evaluation mode.
+
+    `dtype` None keeps the stored one. Raises TealError for what `Checkpoint` and `load_config` refuse and for
+    weights that do not match the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    Checkpoint(directory)  # clear errors for missing, pickled or damaged weights
+    load_config(directory)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", output_loading_info=True)
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TealError(f"{directory} could not be loaded: {reason}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise TealError(f"{directory} lacks {len(missing)} weights of its config.json, e.g. {missing[0]}")
+    return model.to(device).eval()

@@ -1,0 +1,76 @@
+"""Decide how sparse each projection is at each level: uniform, or the paper's block-wise greedy.
+
+examples:
+  teal allocate                                        block-wise greedy for the embedded model
+  teal allocate ./Llama-3.2-1B                         from teal-Llama-3.2-1B/statistics.safetensors
+  teal allocate ./Llama-3.2-1B --method uniform --output uniform.json
+
+Greedy works block by block; finished blocks are kept beside the output and a repeated command continues.
+"""
+
+import argparse
+from pathlib import Path
+
+from teal.commands import common
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="from teal calibrate (default: teal-MODEL/statistics.safetensors)",
+    )
+    parser.add_argument("--method", choices=("uniform", "blockwise"), default="blockwise")
+    common.add_output(parser, "plan.json")
+    common.add_text(parser, "the embedded calibration text")
+    parser.add_argument(
+        "--tokens", type=common.positive, default=2048, help="tokens that greedy measures on (default: 2048)"
+    )
+    parser.add_argument("--length", type=common.positive, help="tokens in a block of text (default: 512)")
+    parser.add_argument("--seed", type=int, default=0, help="which blocks of the text are taken")
+    parser.add_argument("--step", type=float, default=0.005, help="share of a block's weights per greedy step")
+    parser.add_argument("--strict", action="store_true", help="refuse statistics made for other weights")
+    common.add_dtype(parser)
+    common.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from teal.allocation import GreedyConfig, allocate
+    from teal.blockwalk import discard_spool, open_blocks
+    from teal.checkpoint import load_config, resolve_model
+    from teal.data import CALIBRATION_TEXT
+    from teal.errors import TealError
+    from teal.sparsify import check_weights
+    from teal.statistics import ActivationStatistics
+
+    output = common.output_path(arguments, "plan.json")
+    directory = resolve_model(arguments.model)
+    path = arguments.statistics or common.work_directory(arguments.model) / "statistics.safetensors"
+    if arguments.statistics is None and not path.exists():
+        raise TealError(f"no statistics at {path}; run `teal calibrate {arguments.model or ''}` first")
+    statistics = ActivationStatistics.load(path)
+    source = open_blocks(directory, common.dtype_of(arguments))
+    statistics.identity.check_fits(source.identity, "the statistics")
+    check_weights(statistics.identity, source.identity, "the statistics", arguments.strict)
+    blocks = None
+    if arguments.method == "blockwise":
+        length = arguments.length or min(512, common.context_length(load_config(directory)))
+        blocks = common.read_blocks(arguments, directory, CALIBRATION_TEXT, length, arguments.tokens, arguments.seed)
+    plan = allocate(
+        statistics,
+        arguments.method,
+        model=source,
+        tokens=blocks,
+        greedy=GreedyConfig(arguments.step),
+        spool=common.spool_directory(output),
+        show_progress=True,
+    )
+    plan.save(output)
+    discard_spool(common.spool_directory(output))
+    common.say(
+        arguments,
+        f"{plan.method} plan for {len(plan.blocks)} blocks, levels 0 to {plan.levels[-1]} -> {output}",
+    )
+    common.write_result(arguments, {"output": str(output), "method": plan.method, "levels": list(plan.levels)})

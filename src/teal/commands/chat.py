@@ -1,0 +1,77 @@
+"""Talk to a model. A model without a chat template gets a plain transcript.
+
+examples:
+  teal chat ./Llama-3.2-1B-Instruct
+  teal chat ./Llama-3.2-1B-Instruct --level 0.4 --system "Answer briefly."
+
+Type /level 0.5 to turn the sparsity, /clear to start anew, /exit (or Ctrl-D) to leave.
+"""
+
+import argparse
+import sys
+
+from teal.commands import common
+from teal.commands.generation import TextModel, add_generation, summary
+from teal.errors import TealError, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--system", help="the system message")
+    add_generation(parser, max_new_tokens=512, temperature=0.7)
+    common.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model = TextModel(arguments)
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages = list(opening)
+    turns: list[dict[str, object]] = []
+    print("/level S, /clear, /exit", file=sys.stderr)
+    while (line := _ask()) is not None:
+        try:
+            if line == "/clear":
+                messages = list(opening)
+            elif line.startswith("/level"):
+                _turn_level(model, line)
+            elif line:
+                asked = [*messages, {"role": "user", "content": line}]
+                answer = _answer(model, asked, arguments)
+                messages = [*asked, {"role": "assistant", "content": str(answer["text"]).strip()}]
+                turns.append({"user": line, **answer})
+        except TealError as error:  # a turn that fails ends the turn, not the chat
+            print(f"teal: {error}", file=sys.stderr)
+    common.write_result(arguments, {"turns": turns})
+
+
+def _ask() -> str | None:
+    """The next line, None at the end of the chat."""
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return None if not line or line.strip() == "/exit" else line.strip()
+
+
+def _turn_level(model: TextModel, line: str) -> None:
+    from teal.sparsify import set_sparsity
+
+    if model.plan is None:
+        raise UsageError("this chat is dense; start it without --dense to turn the level")
+    try:
+        level = common.level(line.removeprefix("/level").strip())
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(str(error)) from None
+    set_sparsity(model.engine or model.model, level)
+    model.level = level
+
+
+def _answer(model: TextModel, messages: list[dict[str, str]], arguments: argparse.Namespace) -> dict[str, object]:
+    from teal.engine.text import encode_chat
+
+    prompt_ids, stop = encode_chat(model.tokenizer, messages)
+    generation = model.stream(prompt_ids, arguments.max_new_tokens, [*stop, *arguments.stop])
+    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    for piece in generation:
+        print(piece, end="", file=stream, flush=True)
+    print(file=stream)
+    print(summary(generation.statistics), file=sys.stderr)
+    return generation.statistics

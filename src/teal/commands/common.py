@@ -1,0 +1,212 @@
+"""Options and habits that several verbs share."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teal.errors import TealError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from teal.data import TokenBlocks
+    from teal.plan import SparsityPlan
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_LEVELS = (0.25, 0.4, 0.5, 0.65)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="local directory or hub name; nothing means the embedded model",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"where to write (default: teal-MODEL/{default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="PATH", help="write the result as JSON to PATH, - for standard output")
+
+
+def add_text(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--text", nargs="+", metavar="SOURCE",
+        help=f"text files, .jsonl, directories, - (standard input) or hf:DATASET (default: {default})",
+    )  # fmt: skip
+    parser.add_argument("--field", default="text", help="the field that holds the text in .jsonl and datasets")
+    parser.add_argument("--wikitext", action="store_true", help="undo WikiText's tokenization")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="load the weights as (default: as stored)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="sparsity plan (default: teal-MODEL/plan.json)")
+    parser.add_argument("--strict", action="store_true", help="refuse a plan or statistics made for other weights")
+
+
+def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...]) -> None:
+    parser.add_argument(
+        "--levels", type=level, nargs="+", metavar="S", default=list(default),
+        help=f"sparsities from 0 to below 1 (default: {' '.join(map(str, default))})",
+    )  # fmt: skip
+
+
+def level(text: str) -> float:
+    """A sparsity on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"sparsity must be at least 0 and below 1, got {text}; 0.5 means half")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on the command line."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def work_directory(model: str | None) -> Path:
+    """Where a model's artifacts go unless told otherwise: ./teal-NAME."""
+    return Path(f"teal-{Path(model).name if model else 'embedded'}")
+
+
+def output_path(arguments: argparse.Namespace, default: str) -> Path:
+    """Where the result goes; fails early if it exists or cannot be written."""
+    from teal.artifacts import check_writable
+
+    path = arguments.output or work_directory(arguments.model) / default
+    check_writable(path)
+    if path.exists() and not arguments.overwrite:
+        raise TealError(f"{path} exists; name another --output or pass --overwrite")
+    return path
+
+
+def spool_directory(output: Path) -> Path:
+    """Where unfinished work for `output` is kept."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def dtype_of(arguments: argparse.Namespace) -> "torch.dtype | None":
+    import torch
+
+    return None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+
+
+def check_device(device: str) -> str:
+    """Refuse a device that is not there before anything is loaded."""
+    import torch
+
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}; use cpu or cuda") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise TealError("no CUDA device is available here; use --device cpu (teal doctor says more)")
+    return device
+
+
+def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
+    """The plan that was named, or the model's own in its work directory."""
+    from teal.plan import SparsityPlan
+
+    path = arguments.plan or work_directory(arguments.model) / "plan.json"
+    if arguments.plan is None and not path.exists():
+        name = arguments.model or ""
+        raise TealError(
+            f"no plan at {path}; run `teal calibrate {name}` and `teal allocate {name}` first, or name one with --plan"
+        )
+    return SparsityPlan.load(path)
+
+
+def read_blocks(
+    arguments: argparse.Namespace,
+    directory: Path,
+    default_text: Path,
+    length: int | None,
+    tokens: int | None,
+    seed: int | None,
+) -> "TokenBlocks":
+    """Blocks of the text that was named: `tokens` of them altogether (None: all), `length` at most the context."""
+    from teal.checkpoint import load_config, load_tokenizer
+    from teal.data import token_blocks
+
+    context = context_length(load_config(directory))
+    length = min(2048, context) if length is None else length
+    if length > context:
+        raise UsageError(
+            f"blocks of {length} tokens do not fit the model's context of {context}; pass a smaller --length"
+        )
+    count = None if tokens is None else max(1, -(-tokens // length))
+    sources = arguments.text or [default_text]
+    tokenizer = load_tokenizer(directory)
+    return token_blocks(
+        sources,
+        tokenizer,
+        length=length,
+        count=count,
+        seed=seed,
+        field=arguments.field,
+        wikitext=arguments.wikitext,
+    )
+
+
+def context_length(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
+
+
+def write_result(arguments: argparse.Namespace, payload: dict[str, Any]) -> None:
+    """Write the machine-readable result where --json asks for it."""
+    from teal.artifacts import write_json
+
+    if arguments.json == "-":
+        json.dump(payload, sys.stdout, indent=1)
+        print()
+    elif arguments.json:
+        write_json(Path(arguments.json), payload)
+
+
+def say(arguments: argparse.Namespace, *lines: str) -> None:
+    """Print for people: on standard output, or on standard error if --json - uses that."""
+    stream = sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
+    for line in lines:
+        print(line, file=stream)
+
+
+def print_table(arguments: argparse.Namespace, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people: text columns to the left, numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    stream = sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
+    width = None if stream.isatty() else 160
+    Console(file=stream, width=width, highlight=False).print(table)

@@ -1,0 +1,117 @@
+"""Show versions, processor features, GPUs, and which kernel backends work here and why others do not.
+
+example:
+  teal doctor
+"""
+
+import argparse
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from teal.commands import common
+
+PACKAGES = ("teal-llm", "torch", "transformers", "tokenizers", "safetensors", "triton", "datasets")
+# What the CPU kernels of the field care about, as Linux names them.
+FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    findings = examine()
+    for title, entries in findings.items():
+        common.say(arguments, f"{title}")
+        for name, value in entries.items():
+            common.say(arguments, f"  {name:<22} {value}")
+    common.write_result(arguments, findings)
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """What there is on this machine, section by section."""
+    return {"versions": _versions(), "processor": _processor(), "GPUs": _gpus(), "backends": _backends()}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _processor() -> dict[str, str]:
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+        fields = {name.strip(): value.strip() for name, _, value in lines}
+    present = (fields.get("flags") or fields.get("Features") or "").split()
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "features": " ".join(name for name in FEATURES if name in present) or "not known",
+    }
+
+
+def _gpus() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return {
+            "none": f"torch is built for CUDA {built} but finds no device"
+            if built
+            else "this torch is built for CPU only"
+        }
+    found = {}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        size = properties.total_memory / 2**30
+        found[f"cuda:{index}"] = f"{properties.name}, {size:.0f} GiB, capability {properties.major}.{properties.minor}"
+    return found
+
+
+def _backends() -> dict[str, str]:
+    """Each layout's sparse product is tried on a small weight; what is not there yet is named."""
+    import torch
+
+    from teal.ops import reference
+    from teal.ops.packed import LAYOUTS
+
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 64, generator=generator), torch.randn(2, 64, generator=generator)
+    threshold = torch.tensor(0.5)
+    expected = reference.sparse_gemv(x, weight, threshold)
+    for name, layout in LAYOUTS.items():
+        try:
+            same = torch.allclose(layout.pack(weight).sparse_gemv(x, threshold, None), expected, atol=1e-5)
+            note = "reads only the kept channels" if layout.skips_channels else "zeroes inputs, reads every weight"
+            found[name] = f"works ({note})" if same else "WRONG RESULT: please report this"
+        except Exception as error:  # a diagnosis must not fail with what it diagnoses
+            found[name] = f"fails: {error}"
+    found["native CPU kernels"] = "not in this version; the layouts above serve"
+    found["GPU kernels"] = "not in this version; the layouts above serve on GPUs too"
+    return found

@@ -1,0 +1,104 @@
+"""Measure what sparsity costs: perplexity, KL divergence and top-1 agreement against the dense model.
+
+examples:
+  teal evaluate                                             the embedded model on the embedded text
+  teal evaluate ./Llama-3.2-1B --text wiki.test.tokens --wikitext --length 512
+  teal evaluate ./Llama-3.2-1B --plan uniform.json blockwise.json --levels 0.4 0.5
+
+The rule: in each sequence the first --dense-tokens positions are dense, all others are computed as if decoded,
+and the predictions made at those count. Sparsity is what was realised on these tokens, not the nominal level.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teal.commands import common
+
+if TYPE_CHECKING:
+    from teal.evaluation import Evaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="one or more plans (default: teal-MODEL/plan.json)",
+    )
+    parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
+    common.add_levels(parser, common.DEFAULT_LEVELS)
+    common.add_text(parser, "the embedded evaluation text")
+    parser.add_argument("--tokens", type=common.positive, help="tokens to read (default: the whole text)")
+    parser.add_argument(
+        "--length", type=common.positive, help="tokens in a sequence (default: the context, at most 2048)"
+    )
+    parser.add_argument("--dense-tokens", type=common.natural, help="dense positions of each sequence (default: 8)")
+    common.add_dtype(parser)
+    common.add_device(parser)
+    common.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from teal.calibration import DENSE_TOKENS
+    from teal.checkpoint import load_model, resolve_model
+    from teal.data import EVALUATION_TEXT
+    from teal.evaluation import evaluate
+    from teal.plan import SparsityPlan
+
+    common.check_device(arguments.device)
+    if arguments.plan:
+        plans = {path.stem: SparsityPlan.load(path) for path in arguments.plan}
+    else:
+        plan = common.load_plan(arguments)
+        plans = {plan.method: plan}
+    directory = resolve_model(arguments.model)
+    blocks = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.length, arguments.tokens, None)
+    result = evaluate(
+        load_model(directory, common.dtype_of(arguments), arguments.device),
+        blocks,
+        plans,
+        arguments.levels,
+        dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        strict=arguments.strict,
+        show_progress=True,
+    )
+    show(arguments, result)
+    common.write_result(arguments, result.to_json())
+
+
+def show(arguments: argparse.Namespace, result: "Evaluation") -> None:
+    """Print an evaluation as a table, with the token rule below it."""
+    columns = ["plan", "level", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %"]
+    rows = [
+        [
+            "dense",
+            "0",
+            "0",
+            f"{result.dense_perplexity:.3f} ± {result.dense_perplexity_error:.3f}",
+            "",
+            "",
+            "",
+        ]
+    ]
+    rows += [
+        [
+            m.plan,
+            f"{m.level:g}",
+            f"{m.sparsity:.4f}",
+            f"{m.perplexity:.3f} ± {m.perplexity_error:.3f}",
+            f"{m.increase:+.2f} ± {m.increase_error:.2f}",
+            f"{m.kl:.4f} ± {m.kl_error:.4f}",
+            f"{100 * m.top1_agreement:.2f} ± {100 * m.top1_error:.2f}",
+        ]
+        for m in result.measurements
+    ]
+    common.print_table(arguments, "", columns, rows)
+    rule = result.rule
+    common.say(
+        arguments,
+        f"{rule['tokens_counted']} predictions in {rule['sequences']} sequences of {rule['sequence_length']} tokens, "
+        f"{rule['dtype']}; sparse: {rule['sparse']}; ± is one standard error over sequences, of the increase paired",
+    )

@@ -1,0 +1,147 @@
+"""What `generate` and `chat` share: sampling options, loading, and one way to stream text from any model."""
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teal.commands import common
+from teal.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from teal.engine.model import DecoderModel
+    from teal.engine.sampling import SamplingConfig
+    from teal.plan import SparsityPlan
+
+
+def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
+    common.add_plan(parser)
+    parser.add_argument("--level", type=common.level, help="sparsity of decode, 0 is dense (default: 0.5)")
+    parser.add_argument("--dense", action="store_true", help="no sparsity; needs no plan")
+    parser.add_argument("--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature:g})"
+    )
+    parser.add_argument("--top-k", type=common.positive, help="sample among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that reach this probability")
+    parser.add_argument("--min-p", type=float, help="drop tokens less likely than this share of the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these strings")
+    common.add_dtype(parser)
+    common.add_device(parser)
+
+
+@dataclass
+class TextStream:
+    """A generation under way: iterate over pieces of text, then read `statistics`."""
+
+    pieces: Iterator[str]
+    statistics: dict[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+
+class TextModel:
+    """A loaded model with its tokenizer. The engine decodes the families it knows, transformers the others."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from teal.checkpoint import load_tokenizer, resolve_model
+        from teal.sparsify import default_level
+
+        self.plan = None if arguments.dense else common.load_plan(arguments)
+        directory = resolve_model(arguments.model)
+        common.check_device(arguments.device)
+        self.sampling = sampling_config(arguments)
+        self.tokenizer = load_tokenizer(directory)
+        self.level = 0.0
+        if self.plan is not None:
+            self.level = default_level(self.plan) if arguments.level is None else arguments.level
+        self.engine: DecoderModel | None = None
+        self.model: Any = None
+        self._load(arguments, directory, self.plan)
+
+    def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
+        from teal.checkpoint import load_model
+        from teal.engine.load import load_engine
+        from teal.sparsify import sparsify
+
+        dtype = common.dtype_of(arguments)
+        try:
+            self.engine = load_engine(directory, dtype, arguments.device, plan, self.level, strict=arguments.strict)
+        except UnsupportedModelError as reason:
+            warnings.warn(f"decoding through transformers, the engine cannot serve this model: {reason}", stacklevel=2)
+            self.model = load_model(directory, dtype, arguments.device)
+            if plan is not None:
+                sparsify(self.model, plan, self.level, strict=arguments.strict)
+
+    def stream(self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> TextStream:
+        """Generate after a prompt; the statistics fill in when the text has ended."""
+        statistics: dict[str, Any] = {"level": self.level, "prompt_tokens": len(prompt_ids)}
+        if self.engine is not None:
+            return TextStream(self._engine_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
+        return TextStream(self._transformers_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
+
+    def _engine_pieces(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], statistics: dict[str, Any]
+    ) -> Iterator[str]:
+        from teal.engine.generate import stream
+
+        assert self.engine is not None
+        generation = stream(self.engine, self.tokenizer, prompt_ids, max_new_tokens, self.sampling, stop)
+        yield from generation
+        result = generation.result
+        statistics |= {
+            "engine": "teal", "text": result.text, "finish_reason": result.finish_reason,
+            "new_tokens": len(result.token_ids), "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
+        }  # fmt: skip
+
+    def _transformers_pieces(
+        self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], statistics: dict[str, Any]
+    ) -> Iterator[str]:
+        import torch
+
+        sampling = self.sampling
+        ids = torch.tensor([list(prompt_ids)], device=self.model.device)
+        torch.manual_seed(sampling.seed)
+        options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": max_new_tokens}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
+            options |= {"top_k": sampling.top_k or 0}
+        options |= {"repetition_penalty": sampling.repetition_penalty}
+        if stop:
+            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
+        started = time.perf_counter()
+        tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt_ids) :]
+        seconds = time.perf_counter() - started
+        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        for string in stop:
+            text = text.partition(string)[0]
+        statistics |= {
+            "engine": "transformers", "text": text, "new_tokens": len(tokens),
+            "finish_reason": "length" if len(tokens) == max_new_tokens else "stop",
+            "decode_tokens_per_second": round(len(tokens) / seconds, 2),
+        }  # fmt: skip
+        yield text
+
+
+def sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
+    """The sampling that was asked for; refuses values out of range."""
+    from teal.engine.sampling import SamplingConfig
+
+    given = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return SamplingConfig(**{name: getattr(arguments, name) for name in given if getattr(arguments, name) is not None})
+
+
+def summary(statistics: dict[str, Any]) -> str:
+    """One line on a finished generation."""
+    sparse = f"sparsity {statistics['level']:g}" if statistics["level"] else "dense"
+    return (
+        f"{statistics['prompt_tokens']} prompt tokens, {statistics['new_tokens']} new, "
+        f"{statistics['decode_tokens_per_second']} tokens/s ({sparse}, {statistics['engine']}), "
+        f"ended by {statistics['finish_reason']}"
+    )

@@ -1,0 +1,86 @@
+"""The decode step: one block, one token per sequence. The contract, its reference, the only choice of one.
+
+What a backend may rely on, and must keep:
+- nothing waits for the host or branches on a value: position, hidden state and cache are device tensors, so a
+  whole step can be captured once and replayed;
+- thresholds and compensations are read from the SparseLinear at every call; turning the level changes them in
+  place where their shapes allow it;
+- the operations may be fused in any way: norm + threshold + compaction; q, k, v + rotary + cache write;
+  attention; o + residual; gate, up + SiLU * product; down + residual.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from teal.engine.block import MLP, Attention, DecoderBlock, rotate
+from teal.engine.cache import BlockCache
+
+if TYPE_CHECKING:
+    from teal.engine.model import DecoderModel
+
+
+class TokenPosition(NamedTuple):
+    """Where each sequence's token stands: `index` [B] int64, and its `cos` and `sin` [B, head_dim]."""
+
+    index: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class DecodeStep(Protocol):
+    """Run `block` for one token per sequence.
+
+    hidden [B, d] -> [B, d] in the model's dtype. Writes the token's key and value into `cache` at
+    `position.index` and attends to the positions up to it (within the block's window). The cache holds S
+    positions, S > every index; S is the context or, while that suffices, a smaller multiple of EXTENT.
+    """
+
+    def __call__(self, block: DecoderBlock, hidden: Tensor, cache: BlockCache, position: TokenPosition) -> Tensor: ...
+
+
+def choose_decode_step(model: "DecoderModel") -> DecodeStep:
+    """The best implementation for the model's device, dtype and weight layout."""
+    return reference_decode_step
+
+
+def reference_decode_step(block: DecoderBlock, hidden: Tensor, cache: BlockCache, position: TokenPosition) -> Tensor:
+    """The definition: every operation on its own, in the model's dtype."""
+    query, key, value = project_qkv(block.self_attn, block.input_layernorm(hidden), position)
+    write_cache(cache, key, value, position.index)
+    attended = attend(query, cache, position.index, block.self_attn.window)
+    hidden = hidden + block.self_attn.o_proj.decode(attended.flatten(1))
+    return hidden + gated_mlp(block.mlp, block.post_attention_layernorm(hidden))
+
+
+def project_qkv(attention: Attention, x: Tensor, position: TokenPosition) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, d] -> rotated query [B, heads, D] and key [B, kv_heads, D], and value [B, kv_heads, D]."""
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = attention.split_heads(*(layer.decode(x) for layer in layers))
+    cos, sin = position.cos[:, None], position.sin[:, None]
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def write_cache(cache: BlockCache, key: Tensor, value: Tensor, index: Tensor) -> None:
+    """Store key and value [B, kv_heads, D] at position index[b] of sequence b."""
+    sequence = torch.arange(key.shape[0], device=key.device)
+    cache.keys[sequence, :, index] = key
+    cache.values[sequence, :, index] = value
+
+
+def attend(query: Tensor, cache: BlockCache, index: Tensor, window: int | None) -> Tensor:
+    """query [B, heads, D] over the cached positions up to index[b] -> [B, heads, D]."""
+    positions = torch.arange(cache.keys.shape[2], device=index.device)
+    seen = positions <= index[:, None]  # [B, S]
+    if window is not None:
+        seen &= positions > index[:, None] - window
+    grouped = query.unflatten(1, (cache.keys.shape[1], -1))  # [B, kv_heads, group, D]
+    attended = F.scaled_dot_product_attention(grouped, cache.keys, cache.values, attn_mask=seen[:, None, None])
+    return attended.flatten(1, 2)
+
+
+def gated_mlp(mlp: MLP, x: Tensor) -> Tensor:
+    """x [B, d] -> [B, d]"""
+    return mlp.down_proj.decode(F.silu(mlp.gate_proj.decode(x)) * mlp.up_proj.decode(x))

@@ -1,0 +1,17 @@
+"""Errors a user can act on: one line that says what is wrong and what to do."""
+
+
+class TealError(Exception):
+    """The work could not be done; the command line prints the message and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(TealError):
+    """The request itself is wrong; the command line prints the message and exits with 2."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(TealError):
+    """The decode engine does not know this architecture or a feature of it; transformers may."""

@@ -1,0 +1,212 @@
+"""evaluate: what sparsity costs, against the dense model, on the same tokens and under a stated token rule."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from teal.calibration import DENSE_TOKENS
+from teal.data import TokenBlocks
+from teal.errors import TealError, UsageError
+from teal.linear import SparseLinear, sparse_from
+from teal.plan import SparsityPlan
+from teal.progress import track
+from teal.sparsify import apply_plan, check_plan, default_level, sparsify
+from teal.sparsity_meter import SparsityMeter
+from teal.structure import ModelIdentity
+
+FORMAT = "teal.evaluation"
+VERSION = 1
+LOGIT_ROWS = 256  # positions whose log-probabilities are held at once
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One plan at one level, over the counted positions.
+
+    `perplexity` with its standard error over sequences; `increase` over dense in per cent, with the standard
+    error of the paired difference; `kl` (nats) of the sparse from the dense distribution and
+    `top1_agreement` with standard errors; `sparsity` realised: share of block-weight bytes not read on the
+    sparse tokens, `projections` the same by "block.projection"; `nll` per sequence, for paired comparisons.
+    """
+
+    plan: str
+    level: float
+    expected_sparsity: float
+    sparsity: float
+    perplexity: float
+    perplexity_error: float
+    increase: float
+    increase_error: float
+    kl: float
+    kl_error: float
+    top1_agreement: float
+    top1_error: float
+    projections: dict[str, float]
+    nll: list[float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`dense` and `measurements` on the same tokens. `rule` states which tokens were sparse and which counted."""
+
+    dense_perplexity: float
+    dense_perplexity_error: float
+    dense_nll: list[float]
+    measurements: list[Measurement]
+    rule: dict[str, Any]
+    identity: ModelIdentity
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "version": VERSION, "model": self.identity.to_json(), "rule": self.rule,
+            "details": self.details,
+            "dense": {
+                "perplexity": self.dense_perplexity, "perplexity_error": self.dense_perplexity_error,
+                "nll": self.dense_nll,
+            },
+            "measurements": [vars(measurement) for measurement in self.measurements],
+        }  # fmt: skip
+
+
+def evaluate(
+    model: nn.Module,
+    tokens: Tensor | TokenBlocks,
+    plans: SparsityPlan | Mapping[str, SparsityPlan],
+    levels: Sequence[float] = (0.25, 0.4, 0.5, 0.65),
+    *,
+    dense_tokens: int = DENSE_TOKENS,
+    strict: bool = False,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Measure each plan at each level on tokens [B, L], every sequence dense and sparse in turn.
+
+    The rule: in each sequence the first `dense_tokens` positions are dense, all others are computed as if
+    decoded, with thresholds applied; the predictions made at those sparse positions count, and only those.
+    `model` is a transformers model; it is made sparse in place and left at its former level, or dense.
+    Raises TealError for plans that do not fit, UsageError for a token rule that leaves nothing to count.
+    """
+    ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+    plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
+    if not 0 <= dense_tokens <= ids.shape[1] - 2:
+        raise UsageError(
+            f"dense_tokens must be between 0 and {ids.shape[1] - 2} for sequences of {ids.shape[1]} tokens"
+        )
+    first = next(iter(plans.values()))
+    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+        sparsify(model, first, 0.0, strict=strict)
+    identity = model.sparsity_identity
+    for plan in plans.values():
+        check_plan(plan, identity, strict)
+        for level in levels:
+            plan.settings(level)  # a level outside the plan fails now, not in the middle
+    runs = [(name, level) for name in plans for level in levels]
+    scores = {run: _Scores() for run in runs}
+    meters = {run: SparsityMeter(model) for run in runs}
+    dense_scores = _Scores()
+    device = next(model.parameters()).device
+    with torch.no_grad(), sparse_from(model, dense_tokens):
+        for row in track(ids, "evaluating sequences", len(ids), show_progress):
+            row = row.to(device)
+            apply_plan(model, first, 0.0)
+            dense = _logits(model, row, dense_tokens)
+            targets = row[dense_tokens + 1 :]
+            dense_scores.add(dense, dense, targets)
+            for name, level in runs:
+                apply_plan(model, plans[name], level)
+                with meters[name, level].measuring():
+                    sparse = _logits(model, row, dense_tokens)
+                scores[name, level].add(sparse, dense, targets)
+    _restore(model, first)
+    rule = {
+        "dense_tokens": dense_tokens,
+        "sparse": f"every position from {dense_tokens} on, as if decoded; earlier positions dense",
+        "counted": f"predictions made at positions {dense_tokens} to {ids.shape[1] - 2} of each sequence",
+        "sequences": ids.shape[0],
+        "sequence_length": ids.shape[1],
+        "tokens_counted": ids.shape[0] * (ids.shape[1] - 1 - dense_tokens),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    measurements = [
+        _measure(name, level, plans[name], scores[name, level], dense_scores, meters[name, level])
+        for name, level in runs
+    ]
+    perplexity, error = dense_scores.perplexity()
+    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    return Evaluation(perplexity, error, dense_scores.nll, measurements, rule, identity, details)
+
+
+def _logits(model: nn.Module, row: Tensor, dense_tokens: int) -> Tensor:
+    """Logits [L - 1 - dense_tokens, V] of the counted positions."""
+    logits = model(input_ids=row[None, :-1], use_cache=False).logits[0, dense_tokens:]
+    if not torch.isfinite(logits).all():
+        raise TealError("the model's logits are NaN or infinite; load it in bfloat16 or float32, or check the weights")
+    return logits
+
+
+class _Scores:
+    """Per-sequence means of the loss, the KL divergence from dense and the agreement of the top token."""
+
+    def __init__(self) -> None:
+        self.nll: list[float] = []
+        self.kl: list[float] = []
+        self.top1: list[float] = []
+
+    def add(self, sparse: Tensor, dense: Tensor, targets: Tensor) -> None:
+        nll = kl = agree = 0.0
+        for start in range(0, len(targets), LOGIT_ROWS):
+            rows = slice(start, start + LOGIT_ROWS)
+            log_p, log_q = sparse[rows].float().log_softmax(-1), dense[rows].float().log_softmax(-1)
+            nll += F.nll_loss(log_p, targets[rows], reduction="sum").item()
+            kl += F.kl_div(log_p, log_q, reduction="sum", log_target=True).item()
+            agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+        self.nll.append(nll / len(targets))
+        self.kl.append(kl / len(targets))
+        self.top1.append(agree / len(targets))
+
+    def perplexity(self) -> tuple[float, float]:
+        mean, error = mean_and_error(self.nll)
+        return math.exp(mean), math.exp(mean) * error
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is NaN-free zero."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, 0.0
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _measure(
+    name: str, level: float, plan: SparsityPlan, scores: _Scores, dense: _Scores, meter: SparsityMeter
+) -> Measurement:
+    perplexity, perplexity_error = scores.perplexity()
+    difference, difference_error = mean_and_error([a - b for a, b in zip(scores.nll, dense.nll, strict=True)])
+    kl, kl_error = mean_and_error(scores.kl)
+    top1, top1_error = mean_and_error(scores.top1)
+    return Measurement(
+        plan=name,
+        level=level,
+        expected_sparsity=plan.expected_sparsity(level),
+        sparsity=meter.sparsity(),
+        perplexity=perplexity,
+        perplexity_error=perplexity_error,
+        increase=100 * math.expm1(difference),
+        increase_error=100 * math.exp(difference) * difference_error,
+        kl=kl,
+        kl_error=kl_error,
+        top1_agreement=top1,
+        top1_error=top1_error,
+        projections=meter.projections(),
+        nll=scores.nll,
+    )
+
+
+def _restore(model: nn.Module, plan: SparsityPlan) -> None:
+    before = getattr(model, "sparsity_plan", plan)
+    apply_plan(model, before, getattr(model, "sparsity_level", default_level(before)))

@@ -1,0 +1,256 @@
+"""SparsityPlan: how sparse each projection is at each level, and the threshold that makes it so."""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal.artifacts import check_header, check_keys, read_json, read_tensors, write_json, write_tensors
+from teal.errors import TealError
+from teal.structure import ModelIdentity
+
+FORMAT = "teal.plan"
+VERSION = 1
+DENSE = -1.0  # a threshold that keeps everything
+
+
+def level_grid(maximum: float = 0.9, step: float = 0.05) -> tuple[float, ...]:
+    """0, step, 2 step, ... up to `maximum`."""
+    return tuple(round(index * step, 6) for index in range(round(maximum / step) + 1))
+
+
+def check_level(level: float) -> float:
+    """A sparsity in [0, 1). Raises TealError otherwise."""
+    if not (isinstance(level, (int, float)) and 0 <= level < 1):
+        raise TealError(f"sparsity must be at least 0 and below 1, got {level}; 0.5 means half")
+    return float(level)
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """One projection at every level of the plan's grid.
+
+    `sparsity[l]` is the share of its inputs expected to be dropped, `threshold[l]` the largest |x| dropped
+    (of |x| * channel_scale, where a method weighs channels); DENSE keeps everything.
+    `channel_scale` [K] and `compensation` [levels, N] (added on sparse tokens) are float32 or None.
+    """
+
+    sparsity: tuple[float, ...]
+    threshold: tuple[float, ...]
+    channel_scale: Tensor | None = None
+    compensation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One projection at one level: what `SparseLinear.set_threshold` takes, and the expected sparsity."""
+
+    sparsity: float
+    threshold: float | Tensor
+    compensation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """The sparsity of every projection of a model at a grid of levels; between grid points it interpolates.
+
+    `blocks[b][name]` is the plan of projection `name` of block b. A level is the share of the block weights'
+    bytes expected not to be read on the calibration text; realised sparsity is measured, not promised.
+    `method` names how it was allocated, `details` what went into it (for people, not read back).
+    """
+
+    identity: ModelIdentity
+    method: str
+    levels: tuple[float, ...]
+    blocks: tuple[dict[str, ProjectionPlan], ...]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def settings(self, level: float) -> list[dict[str, Setting]]:
+        """The setting of every projection of every block at `level`, interpolated between grid points.
+
+        Level 0 is dense even where the grid starts higher. Raises TealError for other levels outside the grid.
+        """
+        lowest, highest = self.levels[0], self.levels[-1]
+        if check_level(level) == 0 < lowest:
+            return [{name: _dense(plan) for name, plan in block.items()} for block in self.blocks]
+        if not lowest - 1e-9 <= level <= highest + 1e-9:
+            raise TealError(f"the plan covers sparsity {lowest} to {highest}, got {level}; allocate with other levels")
+        above = min(bisect.bisect_left(self.levels, level - 1e-9), len(self.levels) - 1)
+        below = above if level >= self.levels[above] - 1e-9 else above - 1
+        span = self.levels[above] - self.levels[below]
+        weight = (level - self.levels[below]) / span if span else 0.0
+        return [
+            {name: _interpolate(plan, below, above, weight) for name, plan in block.items()} for block in self.blocks
+        ]
+
+    def expected_sparsity(self, level: float) -> float:
+        """Share of all block weights not read at `level` if the text is like the calibration text."""
+        dropped = total = 0.0
+        for shapes, settings in zip(self.identity.shapes, self.settings(level), strict=True):
+            for name, (n, k) in shapes.items():
+                dropped += n * k * settings[name].sparsity
+                total += n * k
+        return dropped / total
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether any projection has channel scales or compensations."""
+        return bool(self._vectors())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as one JSON object. Raises TealError for a plan with vectors, which need a file beside it."""
+        if self.has_vectors:
+            raise TealError("this plan holds vectors and does not fit into a config; use teal.save")
+        return self._payload()
+
+    @classmethod
+    def from_json(
+        cls, payload: dict[str, Any], where: object, vectors: dict[str, Tensor] | None = None
+    ) -> "SparsityPlan":
+        """Read `to_json`'s object, or that of a plan file and its vectors by "block.projection.kind".
+
+        Raises TealError naming `where` for anything that does not belong.
+        """
+        check_header(payload, FORMAT, VERSION, where)
+        required = ("format", "version", "model", "method", "details", "levels", "blocks")
+        check_keys(payload, (*required, "vectors"), where, required)
+        if "vectors" in payload and vectors is None:
+            raise TealError(f"{where} has its vectors in a file beside it; give the path of the plan file")
+        vectors = dict(vectors or {})
+        try:
+            levels = tuple(float(level) for level in payload["levels"])
+            blocks = []
+            for index, block in enumerate(payload["blocks"]):
+                plans = {}
+                for name, entry in block.items():
+                    check_keys(
+                        entry,
+                        ("sparsity", "threshold"),
+                        f"{where}, block {index} {name}",
+                        ("sparsity", "threshold"),
+                    )
+                    plans[name] = ProjectionPlan(
+                        tuple(float(value) for value in entry["sparsity"]),
+                        tuple(float(value) for value in entry["threshold"]),
+                        vectors.pop(f"{index}.{name}.channel_scale", None),
+                        vectors.pop(f"{index}.{name}.compensation", None),
+                    )
+                blocks.append(plans)
+            if vectors:
+                raise ValueError(f"vectors {', '.join(sorted(vectors))} belong to no projection")
+            identity = ModelIdentity.from_json(payload["model"], where)
+            details = dict(payload["details"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise TealError(f"{where} is damaged ({error}); make it anew with teal allocate") from error
+        try:
+            return cls(identity, str(payload["method"]), levels, tuple(blocks), details)
+        except TealError as error:
+            raise TealError(f"{where}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, atomically; vectors, where the method has any, beside it as safetensors."""
+        path = Path(path)
+        payload, vectors = self._payload(), self._vectors()
+        if vectors:
+            beside = path.with_suffix(".vectors.safetensors")
+            payload["vectors"] = beside.name
+            write_tensors(beside, vectors, {"format": FORMAT + ".vectors", "version": VERSION})
+        write_json(path, payload)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SparsityPlan":
+        """Read a plan. Raises TealError for a file that is not one, is damaged or from a newer version."""
+        path = Path(path)
+        payload, vectors = read_json(path), None
+        if "vectors" in payload:
+            beside = path.parent / str(payload["vectors"])
+            vectors, header = read_tensors(beside)
+            check_header(header, FORMAT + ".vectors", VERSION, beside)
+        return cls.from_json(payload, path, vectors)
+
+    def with_details(self, **details: Any) -> "SparsityPlan":
+        return replace(self, details={**self.details, **details})
+
+    def _payload(self) -> dict[str, Any]:
+        blocks = [
+            {name: {"sparsity": list(p.sparsity), "threshold": list(p.threshold)} for name, p in block.items()}
+            for block in self.blocks
+        ]
+        return {
+            "format": FORMAT, "version": VERSION, "model": self.identity.to_json(), "method": self.method,
+            "details": self.details, "levels": list(self.levels), "blocks": blocks,
+        }  # fmt: skip
+
+    def _vectors(self) -> dict[str, Tensor]:
+        return {
+            f"{index}.{name}.{kind}": vector
+            for index, block in enumerate(self.blocks)
+            for name, plan in block.items()
+            for kind in ("channel_scale", "compensation")
+            if (vector := getattr(plan, kind)) is not None
+        }
+
+    def _check(self) -> None:
+        if list(self.levels) != sorted(set(self.levels)) or not self.levels:
+            raise TealError("levels must rise strictly")
+        for level in self.levels:
+            check_level(level)
+        if len(self.blocks) != len(self.identity.shapes):
+            raise TealError(f"it has {len(self.blocks)} blocks, its model {len(self.identity.shapes)}")
+        for index, (block, shapes) in enumerate(zip(self.blocks, self.identity.shapes, strict=True)):
+            if missing := sorted(set(shapes) - set(block)):
+                raise TealError(f"thresholds are missing for block {index} {', '.join(missing)}")
+            if unknown := sorted(set(block) - set(shapes)):
+                raise TealError(f"block {index} has no projection {', '.join(unknown)}")
+            for name, plan in block.items():
+                self._check_projection(f"block {index} {name}", plan, shapes[name])
+
+    def _check_projection(self, where: str, plan: ProjectionPlan, shape: tuple[int, int]) -> None:
+        if len(plan.sparsity) != len(self.levels) or len(plan.threshold) != len(self.levels):
+            raise TealError(f"{where} needs {len(self.levels)} sparsities and thresholds")
+        for sparsity in plan.sparsity:
+            check_level(sparsity)
+        if any(not math.isfinite(threshold) for threshold in plan.threshold):
+            raise TealError(f"{where} has a threshold that is NaN or infinite")
+        n, k = shape
+        expected = {"channel_scale": (k,), "compensation": (len(self.levels), n)}
+        for kind, wanted in expected.items():
+            vector = getattr(plan, kind)
+            if vector is not None and (tuple(vector.shape) != wanted or not torch.isfinite(vector).all()):
+                raise TealError(f"{where} has a {kind} of shape {tuple(vector.shape)}, expected {wanted}, all finite")
+        if plan.channel_scale is not None and (plan.channel_scale < 0).any():
+            raise TealError(f"{where} has a negative channel_scale")
+
+
+def _interpolate(plan: ProjectionPlan, below: int, above: int, weight: float) -> Setting:
+    def between(values: Sequence[float] | Tensor) -> Any:
+        return values[below] if weight == 0 else values[below] * (1 - weight) + values[above] * weight
+
+    threshold: float = between(plan.threshold)
+    if weight and plan.threshold[below] < 0 <= plan.threshold[above]:
+        threshold = plan.threshold[above] * weight  # from 0, which drops nothing but exact zeros
+    compensation = None if plan.compensation is None else between(plan.compensation)
+    return Setting(between(plan.sparsity), _per_channel(plan, threshold), compensation)
+
+
+def _dense(plan: ProjectionPlan) -> Setting:
+    compensation = None if plan.compensation is None else torch.zeros_like(plan.compensation[0])
+    return Setting(0.0, _per_channel(plan, DENSE), compensation)
+
+
+def _per_channel(plan: ProjectionPlan, threshold: float) -> float | Tensor:
+    """|x| * scale > threshold as |x| > threshold / scale; at every level of one shape, so that graphs hold."""
+    scale = plan.channel_scale
+    if scale is None:
+        return threshold
+    if threshold < 0:
+        return torch.full_like(scale, threshold)
+    return torch.where(scale > 0, threshold / scale, math.inf)

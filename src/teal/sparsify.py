@@ -1,0 +1,106 @@
+"""Turn a loaded model into a sparse one, turn its level, save and load what makes it sparse."""
+
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from teal.artifacts import check_header, check_keys, read_json, write_json
+from teal.errors import TealError
+from teal.linear import SparseLinear, sparse_layers
+from teal.plan import SparsityPlan
+from teal.structure import ModelIdentity, ModelStructure, identify
+
+FORMAT = "teal.sparse_model"
+VERSION = 1
+PLAN_FILE = "plan.json"
+SETTINGS_FILE = "teal.json"
+
+
+def check_plan(plan: SparsityPlan, identity: ModelIdentity, strict: bool = False) -> None:
+    """Refuse a plan of other shapes; warn, or refuse if `strict`, where the weights are not known to be the same."""
+    plan.identity.check_fits(identity, "the plan")
+    check_weights(plan.identity, identity, "the plan", strict)
+
+
+def check_weights(made_for: ModelIdentity, model: ModelIdentity, what: str, strict: bool) -> None:
+    """Warn, or raise TealError if `strict`, unless `what` was made for the very weights of the model."""
+    if difference := made_for.weights_differ(model):
+        if strict:
+            raise TealError(f"{what} may not belong to this model: {difference}")
+        warnings.warn(f"{what} may not belong to this model: {difference}", stacklevel=4)
+
+
+def sparsify(model: nn.Module, plan: SparsityPlan, level: float | None = None, *, strict: bool = False) -> nn.Module:
+    """Replace the block projections of `model` by SparseLinear, in place, and set `level`.
+
+    Decode (one new token per sequence) is sparse from then on, prefill stays dense. `level` defaults to the
+    plan's middle, 0.5, or its highest level if that is lower. Returns the model.
+    Raises TealError if the plan does not fit; warns (error with `strict`) if the weights differ.
+    """
+    structure = ModelStructure.of(model)
+    identity = identify(model, structure)
+    level = default_level(plan) if level is None else level
+    plan.settings(level)  # a level outside the plan fails before the model changes
+    check_plan(plan, identity, strict)
+    names = [structure.module_name(index, projection) for index, projection in structure.projections()]
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        if type(module) not in (nn.Linear, SparseLinear):
+            raise TealError(f"{name} is a {type(module).__name__}; only plain nn.Linear projections can be made sparse")
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, SparseLinear(module.weight, module.bias))
+    object.__setattr__(model, "sparsity_plan", plan)
+    object.__setattr__(model, "sparsity_identity", identity)
+    set_sparsity(model, level)
+    return model
+
+
+def default_level(plan: SparsityPlan) -> float:
+    return min(0.5, plan.levels[-1])
+
+
+def plan_of(model: nn.Module) -> SparsityPlan:
+    """The plan a model was made sparse with. Raises TealError for a dense model."""
+    plan = getattr(model, "sparsity_plan", None)
+    if plan is None:
+        raise TealError("the model has no sparsity plan; call teal.sparsify(model, plan) first")
+    return plan
+
+
+def set_sparsity(model: nn.Module, level: float) -> None:
+    """Turn a sparse model to another level of its plan; 0 is dense. Works between tokens.
+
+    Raises TealError for a dense model or a level outside the plan's grid.
+    """
+    apply_plan(model, plan_of(model), level)
+    object.__setattr__(model, "sparsity_level", float(level))
+
+
+def apply_plan(model: nn.Module, plan: SparsityPlan, level: float) -> None:
+    """Set every SparseLinear of `model` to what `plan` says at `level`."""
+    layers = sparse_layers(model)
+    structure = ModelStructure.of(model)
+    settings = plan.settings(level)
+    for index, projection in structure.projections():
+        setting = settings[index][projection.name]
+        layers[structure.module_name(index, projection)].set_threshold(setting.threshold, setting.compensation)
+
+
+def save(model: nn.Module, directory: str | Path) -> None:
+    """Write what makes `model` sparse (its plan and level, no weights) into `directory`, made if missing."""
+    directory = Path(directory)
+    plan_of(model).save(directory / PLAN_FILE)
+    settings = {"format": FORMAT, "version": VERSION, "plan": PLAN_FILE, "level": model.sparsity_level}
+    write_json(directory / SETTINGS_FILE, settings)
+
+
+def load(model: nn.Module, directory: str | Path, *, strict: bool = False) -> nn.Module:
+    """Make a freshly loaded dense `model` sparse as `save` left it. Returns the model."""
+    directory = Path(directory)
+    settings = read_json(directory / SETTINGS_FILE)
+    check_header(settings, FORMAT, VERSION, directory / SETTINGS_FILE)
+    keys = ("format", "version", "plan", "level")
+    check_keys(settings, keys, directory / SETTINGS_FILE, keys)
+    return sparsify(model, SparsityPlan.load(directory / str(settings["plan"])), settings["level"], strict=strict)

@@ -1,0 +1,58 @@
+"""SparsityMeter: how sparse the sparse tokens really were, per projection and by bytes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from teal.linear import sparse_layers
+from teal.ops.reference import keep_mask
+from teal.structure import ModelStructure
+
+
+class SparsityMeter:
+    """Counts dropped inputs of the sparse tokens of `model` while `measuring`; counts add up over contexts.
+
+    For measurements, not for timed runs: every sparse product is counted on top of being computed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = sparse_layers(model)
+        structure = ModelStructure.of(model)
+        self._labels = {structure.module_name(i, p): f"{i}.{p.name}" for i, p in structure.projections()}
+        self._sizes = {structure.module_name(i, p): p.size for i, p in structure.projections()}
+        self._dropped = {name: torch.zeros((), dtype=torch.int64) for name in self._labels}
+        self._total = dict.fromkeys(self._labels, 0)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count what the model computes within the context."""
+        try:
+            for name in self._labels:
+                self._layers[name].observer = self._counter(name)
+            yield
+        finally:
+            for name in self._labels:
+                self._layers[name].observer = None
+
+    def projections(self) -> dict[str, float]:
+        """Share of inputs dropped by "block.projection"; 0 where no sparse token was seen."""
+        return {label: self._share(name) for name, label in self._labels.items()}
+
+    def sparsity(self) -> float:
+        """Bytes of block weights not needed / all block weights, on the sparse tokens seen."""
+        dropped = sum(self._share(name) * size for name, size in self._sizes.items())
+        return dropped / sum(self._sizes.values())
+
+    def _share(self, name: str) -> float:
+        return int(self._dropped[name]) / max(1, self._total[name])
+
+    def _counter(self, name: str) -> Callable[[Tensor], None]:
+        layer = self._layers[name]
+
+        def count(x: Tensor) -> None:
+            self._dropped[name] = self._dropped[name].to(x.device) + (~keep_mask(x, layer.threshold)).sum()
+            self._total[name] += x.numel()
+
+        return count
