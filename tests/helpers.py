@@ -71,9 +71,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> Any:
     return kind(**{**SIZES, **extra, **changes})
 
 
-def tiny_model(
-    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Any:
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of `family` in evaluation mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype).eval()
@@ -91,9 +89,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def save_tiny(directory: Path, family: str = "llama", **options: Any) -> Path:

@@ -11,8 +11,15 @@ from safetensors.torch import save_file
 
 from teal import artifacts
 from teal.artifacts import (
-    check_header, check_keys, check_writable, read_json, read_tensors, write_atomically, write_json, write_tensors
-)  # fmt: skip
+    check_header,
+    check_keys,
+    check_writable,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
 from teal.errors import TealError
 
 
@@ -89,7 +96,7 @@ class TestWriting:
 
     def test_a_file_in_place_of_its_directory(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("")
-        with pytest.raises(TealError, match="cannot write .*a/x.json"):
+        with pytest.raises(TealError, match=r"cannot write .*a/x.json"):
             write_json(tmp_path / "a" / "x.json", {})
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
@@ -110,7 +117,7 @@ class TestCheckWritable:
 
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("")
-        with pytest.raises(TealError, match="no permission to write in .*/a"):
+        with pytest.raises(TealError, match=r"no permission to write in .*/a"):
             check_writable(tmp_path / "a" / "x.json")
 
     def test_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,35 +150,36 @@ class TestReadJson:
             read_json(tmp_path / "x.json")
 
     def test_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(TealError, match="cannot read .*: Is a directory"):
+        with pytest.raises(TealError, match=r"cannot read .*: Is a directory"):
             read_json(tmp_path)
 
     def test_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "read_text", raising(errno.EACCES))
-        with pytest.raises(TealError, match="cannot read .*: Permission denied"):
+        with pytest.raises(TealError, match=r"cannot read .*: Permission denied"):
             read_json(tmp_path / "x.json")
 
 
-class TestTensors:
-    TENSORS = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.tensor(3, dtype=torch.int64)}
+TENSORS = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.tensor(3, dtype=torch.int64)}
 
+
+class TestTensors:
     def test_round_trip(self, tmp_path: Path) -> None:
-        write_tensors(tmp_path / "x", self.TENSORS, {"format": "f", "list": [1, None, "ü"]})
+        write_tensors(tmp_path / "x", TENSORS, {"format": "f", "list": [1, None, "ü"]})
         tensors, header = read_tensors(tmp_path / "x")
         assert header == {"format": "f", "list": [1, None, "ü"]}
         assert set(tensors) == {"a", "b"}
-        assert all(torch.equal(tensors[name], tensor) for name, tensor in self.TENSORS.items())
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
 
     @pytest.mark.parametrize("kept", [0, 4, 100, -1])
     def test_truncated(self, tmp_path: Path, kept: int) -> None:
         path = tmp_path / "x"
-        write_tensors(path, self.TENSORS, {})
+        write_tensors(path, TENSORS, {})
         path.write_bytes(path.read_bytes()[:kept])
         with pytest.raises(TealError, match="is truncated, corrupt or not safetensors"):
             read_tensors(path)
 
     def test_pickle(self, tmp_path: Path) -> None:
-        torch.save(self.TENSORS, tmp_path / "x")
+        torch.save(TENSORS, tmp_path / "x")
         with pytest.raises(TealError, match="not safetensors"):
             read_tensors(tmp_path / "x")
 
@@ -183,16 +191,14 @@ class TestTensors:
         with pytest.raises(TealError, match="is a directory"):
             read_tensors(tmp_path)
 
-    @pytest.mark.parametrize(
-        ("text", "message"), [("{", "corrupt"), ("[]", "no JSON object")], ids=["damaged", "list"]
-    )
+    @pytest.mark.parametrize(("text", "message"), [("{", "corrupt"), ("[]", "no JSON object")], ids=["damaged", "list"])
     def test_header_that_is_none(self, tmp_path: Path, text: str, message: str) -> None:
-        save_file({"b": self.TENSORS["b"]}, tmp_path / "x", {"teal": text})
+        save_file({"b": TENSORS["b"]}, tmp_path / "x", {"teal": text})
         with pytest.raises(TealError, match=message):
             read_tensors(tmp_path / "x")
 
     def test_no_header(self, tmp_path: Path) -> None:
-        save_file({"b": self.TENSORS["b"]}, tmp_path / "x")
+        save_file({"b": TENSORS["b"]}, tmp_path / "x")
         assert read_tensors(tmp_path / "x")[1] == {}
 
 

@@ -13,8 +13,13 @@ from safetensors.torch import load_file
 
 from teal import checkpoint
 from teal.checkpoint import (
-    Checkpoint, load_config, load_model, load_tokenizer, resolve_model, structure_from_config
-)  # fmt: skip
+    Checkpoint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    structure_from_config,
+)
 from teal.errors import TealError, UsageError
 from teal.structure import FINGERPRINT_ROWS, ModelStructure, fingerprint, identify
 
@@ -72,16 +77,16 @@ class TestCheckpoint:
     def test_missing_tensor(self, originals: Path) -> None:
         reader = Checkpoint(originals / "single")
         for read in (lambda: reader.tensor("x"), lambda: reader.rows("x", 1)):
-            with pytest.raises(TealError, match="has no tensor x; its weights do not match its config.json"):
+            with pytest.raises(TealError, match=r"has no tensor x; its weights do not match its config.json"):
                 read()
 
     def test_no_config(self, single: Path) -> None:
         (single / "config.json").unlink()
-        with pytest.raises(TealError, match="has no config.json; it is not a Hugging Face model directory"):
+        with pytest.raises(TealError, match=r"has no config.json; it is not a Hugging Face model directory"):
             Checkpoint(single)
 
     def test_no_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(TealError, match="has no config.json"):
+        with pytest.raises(TealError, match=r"has no config.json"):
             Checkpoint(tmp_path / "nowhere")
 
     def test_no_weights(self, single: Path) -> None:
@@ -90,9 +95,7 @@ class TestCheckpoint:
             Checkpoint(single)
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "weights.pt"])
-    def test_pickled_weights_are_never_opened(
-        self, single: Path, name: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_pickled_weights_are_never_opened(self, single: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.save(load_file(single / "model.safetensors"), single / name)
         (single / "model.safetensors").unlink()
         monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened a pickle"))
@@ -105,7 +108,7 @@ class TestCheckpoint:
         path = single / "model.safetensors"
         path.write_bytes(path.read_bytes()[:kept])
         for read in (Checkpoint, load_model):
-            with pytest.raises(TealError, match="model.safetensors is truncated, corrupt or unreadable"):
+            with pytest.raises(TealError, match=r"model.safetensors is truncated, corrupt or unreadable"):
                 read(single)
 
     def test_pickle_named_safetensors(self, single: Path) -> None:
@@ -118,7 +121,7 @@ class TestCheckpoint:
             raise PermissionError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(checkpoint, "safe_open", fail)
-        with pytest.raises(TealError, match="model.safetensors is .*unreadable .*Permission denied"):
+        with pytest.raises(TealError, match=r"model.safetensors is .*unreadable .*Permission denied"):
             Checkpoint(single)
 
     def test_index_that_names_a_missing_shard(self, sharded: Path) -> None:
@@ -127,7 +130,15 @@ class TestCheckpoint:
             Checkpoint(sharded)
 
     @pytest.mark.parametrize(
-        "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": 1, "b": "c"}}']
+        "text",
+        [
+            "{",
+            "[]",
+            "{}",
+            '{"weight_map": []}',
+            '{"weight_map": {"a": 1}}',
+            '{"weight_map": {"a": 1, "b": "c"}}',
+        ],
     )
     def test_damaged_index(self, sharded: Path, text: str) -> None:
         (sharded / INDEX).write_text(text)
@@ -176,7 +187,7 @@ class TestLoading:
     def test_bad_config(self, single: Path, text: str) -> None:
         (single / "config.json").write_text(text)
         for read in (load_config, structure_from_config):
-            with pytest.raises(TealError, match="config.json is not understood"):
+            with pytest.raises(TealError, match=r"config.json is not understood"):
                 read(single)
 
 
@@ -191,9 +202,9 @@ class TestStructureFromConfig:
         assert structure_from_config(str(path)) == ModelStructure.of(tiny_model())
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(TealError, match="has no config.json"):
+        with pytest.raises(TealError, match=r"has no config.json"):
             structure_from_config(tmp_path)
-        with pytest.raises(TealError, match="tiny.json"):
+        with pytest.raises(TealError, match=r"tiny.json"):
             structure_from_config(tmp_path / "tiny.json")
 
     def test_no_language_model(self, single: Path) -> None:
@@ -225,5 +236,7 @@ class TestResolveModel:
             raise RuntimeError("no network\nat all")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        with pytest.raises(UsageError, match="^some/model is no local directory and could not be downloaded: no network$"):
+        with pytest.raises(
+            UsageError, match=r"^some/model is no local directory and could not be downloaded: no network$"
+        ):
             resolve_model("some/model")

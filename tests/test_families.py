@@ -14,9 +14,7 @@ TOLERANCE = {"row_major": 0.0, "channel_major": 1e-4}
 
 @pytest.mark.parametrize("layout", list(TOLERANCE))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sparse_model_equals_masked_dense_model(
-    family: str, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sparse_model_equals_masked_dense_model(family: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEAL_LAYOUT", layout)
     model = tiny_model(family)
     plan, dense = tiny_plan(model), decode_logits(model, IDS)

@@ -65,7 +65,7 @@ class TestStateDict:
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
     def test_loads_in_place_what_a_linear_saved(self, layout: str) -> None:
-        (linear, sparse), (other, _) = make(), make()
+        (_, sparse), (other, _) = make(), make()
         pointers = [parameter.data_ptr() for parameter in sparse.parameters()]
         assert not sparse.load_state_dict(other.state_dict()).missing_keys
         assert torch.equal(sparse.weight, other.weight)

@@ -15,7 +15,12 @@ from teal.errors import TealError
 from teal.plan import DENSE, ProjectionPlan, SparsityPlan, check_level, level_grid
 from teal.structure import ModelIdentity
 
-SHAPES = {"self_attn.qkv_proj": (8, 4), "self_attn.o_proj": (4, 4), "mlp.gate_up_proj": (12, 4), "mlp.down_proj": (4, 6)}
+SHAPES = {
+    "self_attn.qkv_proj": (8, 4),
+    "self_attn.o_proj": (4, 4),
+    "mlp.gate_up_proj": (12, 4),
+    "mlp.down_proj": (4, 6),
+}
 IDENTITY = ModelIdentity("tiny", (SHAPES, SHAPES), "ab" * 32)
 
 
@@ -67,7 +72,8 @@ class TestSettings:
 
     def test_expected_sparsity_weighs_by_size(self) -> None:
         blocks = tuple(
-            {name: ProjectionPlan((0.6 if name == "mlp.down_proj" else 0.0,), (0.1,)) for name in SHAPES} for _ in range(2)
+            {name: ProjectionPlan((0.6 if name == "mlp.down_proj" else 0.0,), (0.1,)) for name in SHAPES}
+            for _ in range(2)
         )
         plan = SparsityPlan(IDENTITY, "uniform", (0.5,), blocks)
         assert plan.expected_sparsity(0.5) == pytest.approx(0.6 * 24 / (32 + 16 + 48 + 24))
@@ -85,7 +91,11 @@ class TestSettings:
         projection = ProjectionPlan((0.0, 0.5), (DENSE, 0.5), scale, compensation)
         plan = SparsityPlan(identity, "weighted", (0.0, 0.5), ({name: projection for name in SHAPES},))
         setting = plan.settings(0.5)[0]["mlp.down_proj"]
-        assert setting.threshold.tolist() == [0.5, 0.25, float("inf")]  # a channel without weight never counts
+        assert setting.threshold.tolist() == [
+            0.5,
+            0.25,
+            float("inf"),
+        ]  # a channel without weight never counts
         assert setting.compensation.tolist() == [1.0, 2.0]
         dense = plan.settings(0)[0]["mlp.down_proj"]
         assert dense.threshold.tolist() == [DENSE] * 3  # of one shape at every level
@@ -217,5 +227,5 @@ class TestDamagedFiles:
     def test_vectors_that_cannot_be(self, value: float) -> None:
         scale = {"self_attn.o_proj": torch.full((4,), value)}
         blocks = tuple({name: ProjectionPlan((0.5,), (0.1,), scale.get(name)) for name in SHAPES} for _ in range(2))
-        with pytest.raises(TealError, match="block 0 self_attn.o_proj has a .*channel_scale"):
+        with pytest.raises(TealError, match=r"block 0 self_attn.o_proj has a .*channel_scale"):
             SparsityPlan(IDENTITY, "weighted", (0.5,), blocks)

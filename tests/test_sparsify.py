@@ -164,7 +164,7 @@ class TestFiles:
 
     def test_a_file_in_place_of_the_directory(self, plan: SparsityPlan, tmp_path: Path) -> None:
         (tmp_path / "sparse").write_text("")
-        with pytest.raises(TealError, match="cannot write .*sparse/plan.json"):
+        with pytest.raises(TealError, match=r"cannot write .*sparse/plan.json"):
             save(sparsify(tiny_model(), plan), tmp_path / "sparse")
 
     @pytest.mark.parametrize(
@@ -178,9 +178,7 @@ class TestFiles:
             pytest.param({"level": "half"}, "got half", id="level-text"),
         ],
     )
-    def test_bad_settings(
-        self, plan: SparsityPlan, tmp_path: Path, change: dict[str, Any], message: str
-    ) -> None:
+    def test_bad_settings(self, plan: SparsityPlan, tmp_path: Path, change: dict[str, Any], message: str) -> None:
         save(sparsify(tiny_model(), plan), tmp_path)
         path = tmp_path / SETTINGS_FILE
         path.write_text(json.dumps(json.loads(path.read_text()) | change))

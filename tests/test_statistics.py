@@ -16,7 +16,12 @@ from teal.errors import TealError
 from teal.statistics import BINS, ActivationStatistics, InputStatistics, upper_edge
 from teal.structure import INPUTS, ModelIdentity
 
-SHAPES = {"self_attn.qkv_proj": (8, 4), "self_attn.o_proj": (4, 5), "mlp.gate_up_proj": (12, 4), "mlp.down_proj": (4, 6)}
+SHAPES = {
+    "self_attn.qkv_proj": (8, 4),
+    "self_attn.o_proj": (4, 5),
+    "mlp.gate_up_proj": (12, 4),
+    "mlp.down_proj": (4, 6),
+}
 IDENTITY = ModelIdentity("tiny", (SHAPES, SHAPES), "ab" * 32)
 
 
@@ -32,7 +37,12 @@ def make(seed: int = 0, rows: int = 9, **changes: Any) -> ActivationStatistics:
         {name: counted(torch.randn(rows, k, generator=generator)) for name, k in IDENTITY.input_features(b).items()}
         for b in range(2)
     ]
-    arguments: dict[str, Any] = {"identity": IDENTITY, "dense_tokens": 8, "blocks": blocks, "details": {"text": seed}}
+    arguments: dict[str, Any] = {
+        "identity": IDENTITY,
+        "dense_tokens": 8,
+        "blocks": blocks,
+        "details": {"text": seed},
+    }
     return ActivationStatistics(**(arguments | changes))
 
 
@@ -234,5 +244,5 @@ class TestFiles:
     def test_safetensors_of_someone_else(self, tmp_path: Path) -> None:
         make().save(tmp_path / "s.safetensors")
         save_file(load_file(tmp_path / "s.safetensors"), tmp_path / "bare.safetensors")
-        with pytest.raises(TealError, match="has format None, expected 'teal.statistics'"):
+        with pytest.raises(TealError, match=r"has format None, expected 'teal.statistics'"):
             ActivationStatistics.load(tmp_path / "bare.safetensors")

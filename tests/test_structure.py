@@ -49,9 +49,7 @@ class TestModelStructure:
             pytest.param(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=16), id="gpt2"),
             pytest.param(MixtralConfig(**MIXTURE, num_local_experts=2), id="mixtral"),
             pytest.param(
-                Qwen2MoeConfig(
-                    **MIXTURE, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8
-                ),
+                Qwen2MoeConfig(**MIXTURE, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8),
                 id="qwen2-moe-with-a-shared-expert",
             ),
         ],
@@ -65,7 +63,9 @@ class TestModelStructure:
 
     def test_two_lists_of_blocks(self) -> None:
         model = nn.ModuleDict({"one": tiny_model(), "other": tiny_model()})
-        with pytest.raises(TealError, match=r"several lists of decoder blocks \(one.model.layers, other.model.layers\)"):
+        with pytest.raises(
+            TealError, match=r"several lists of decoder blocks \(one.model.layers, other.model.layers\)"
+        ):
             ModelStructure.of(model)
 
     def test_no_model(self) -> None:
@@ -124,11 +124,15 @@ class TestModelIdentity:
             identify(tiny_model(**changes)).check_fits(self.IDENTITY, "the plan")
 
     def test_other_projections_are_named(self) -> None:
-        with pytest.raises(TealError, match="mlp.gate_proj has weight no such projection in the plan and 56 x 32"):
+        with pytest.raises(TealError, match=r"mlp.gate_proj has weight no such projection in the plan and 56 x 32"):
             identify(tiny_model("phi3")).check_fits(self.IDENTITY, "the plan")
 
     def test_weights_differ(self) -> None:
-        mine, other, unknown = self.IDENTITY, identify(tiny_model(seed=1)), ModelIdentity("x", self.IDENTITY.shapes)
+        mine, other, unknown = (
+            self.IDENTITY,
+            identify(tiny_model(seed=1)),
+            ModelIdentity("x", self.IDENTITY.shapes),
+        )
         assert mine.weights_differ(identify(tiny_model())) is None
         assert mine.weights_differ(unknown) == "the weights it was made for are not known"
         difference = mine.weights_differ(other) or ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.blockwalk import BlockSource, Spool, open_blocks, run_block
+from teal.calibration import check_finite
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
 from teal.ops.reference import drop_small
@@ -54,6 +55,8 @@ def allocate(
     Raises UsageError for an unknown method or missing inputs, TealError if model and statistics do not fit.
     """
     levels = tuple(check_level(level) for level in levels)
+    if list(levels) != sorted(set(levels)) or not levels:
+        raise UsageError(f"levels must rise strictly, got {', '.join(map(str, levels))}")
     details: dict[str, Any] = {"statistics": statistics.details, "dense_tokens": statistics.dense_tokens}
     if method == "uniform":
         sparsities = [[dict.fromkeys(block, level) for level in levels] for block in statistics.identity.shapes]
@@ -109,6 +112,7 @@ def _blockwise(
     job = {
         "stage": "blockwise", "model": source.identity.weights, "tokens": hash_tokens(ids), "levels": list(levels),
         "statistics": statistics.details, "dense_tokens": statistics.dense_tokens, **vars(greedy),
+        "dtype": str(hidden.dtype).removeprefix("torch."),
     }  # fmt: skip
     progress = Spool(spool, job)
     hidden = hidden if progress.hidden is None else progress.hidden.to(hidden.device)
@@ -119,6 +123,7 @@ def _blockwise(
         with source.block(index) as block, torch.no_grad():
             entry = statistics.blocks[index]
             with BlockError(block, projections, entry, statistics.dense_tokens, hidden, arguments[index]) as error:
+                check_finite(error.outputs, f"block {index} {projections[-1].name}")
                 trajectory = greedy_trajectory(projections, error, levels, greedy)
                 uniform = [{p.name: level for p in projections} for level in levels]
                 results = {

@@ -92,7 +92,7 @@ def check_keys(payload: dict[str, Any], allowed: Iterable[str], where: object, r
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> None:
     """Write tensors as safetensors, atomically, with `header` as JSON in its metadata."""
-    metadata = {"teal": json.dumps(header, sort_keys=True, allow_nan=False)}
+    metadata = {"teal": json.dumps(header, allow_nan=False)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata))
 

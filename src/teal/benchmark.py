@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teal.artifacts import check_header, check_keys
 from teal.engine.generate import DecodeState, decode_tokens
 from teal.engine.model import DecoderModel
-from teal.errors import TealError
+from teal.errors import TealError, UsageError
 from teal.linear import sparse_layers
 from teal.ops import reference
 from teal.ops.sparse_gemv import sparse_gemv
@@ -62,6 +63,17 @@ class Benchmark:
             "speeds": [vars(speed) for speed in self.speeds],
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, payload: dict[str, Any], where: object) -> "Benchmark":
+        """Read what `to_json` gave. Raises TealError naming `where` for anything that does not belong."""
+        check_header(payload, FORMAT, VERSION, where)
+        keys = ("format", "version", "bandwidth", "details", "speeds")
+        check_keys(payload, keys, where, keys)
+        try:
+            return cls([LevelSpeed(**speed) for speed in payload["speeds"]], payload["bandwidth"], payload["details"])
+        except TypeError as error:
+            raise TealError(f"{where} is damaged ({error}); measure again") from error
+
 
 def benchmark(
     engine: DecoderModel,
@@ -69,17 +81,24 @@ def benchmark(
     levels: Sequence[float],
     prompt_ids: Sequence[int],
     *,
+    name: str = "",
     new_tokens: int = 32,
     repeats: int = 5,
+    strict: bool = False,
     show_progress: bool = False,
 ) -> Benchmark:
     """Time greedy decoding of `new_tokens` after the prompt, dense and at each level in turn, `repeats` times.
 
     Prefill is not timed. Every level first decodes once untimed, which warms up and counts the sparsity that
-    is realised. Raises TealError if a sparse product differs from the reference.
+    is realised. `name` is what to call the model in the result. Raises TealError if a sparse product differs
+    from the reference, or for a plan that does not fit.
     """
-    levels = [0.0, *(level for level in levels if level > 0)]
-    sparsify(engine, plan, 0.0)
+    if new_tokens < 2 or repeats < 1:
+        raise UsageError(
+            f"2 new tokens (prefill gives the first) and 1 repeat are the least, got {new_tokens} and {repeats}"
+        )
+    levels = list(dict.fromkeys([0.0, *levels]))
+    sparsify(engine, plan, 0.0, strict=strict)
     context = len(prompt_ids) + new_tokens
     state = DecodeState.of(engine, context=context)
     sparsity, checked = {}, 0.0
@@ -105,7 +124,8 @@ def benchmark(
         for level in levels
     ]
     details = {
-        "prompt_tokens": len(prompt_ids), "new_tokens": new_tokens, "repeats": repeats, "plan": plan.method,
+        "model": name, "plan": plan.method,
+        "prompt_tokens": len(prompt_ids), "new_tokens": new_tokens, "repeats": repeats,
         "dtype": str(engine.dtype).removeprefix("torch."), "device": str(engine.device),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
         "layout": next(iter(sparse_layers(engine).values())).packed.layout,

@@ -1,7 +1,7 @@
 """Walk a model block by block: hidden states are carried along, only one block's weights need be in memory."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from teal.artifacts import check_header, read_tensors, write_tensors
-from teal.checkpoint import Checkpoint, load_config, load_model
+from teal.checkpoint import Checkpoint, load_config, load_model, structure_from_config
+from teal.data import check_tokens
 from teal.errors import TealError
 from teal.structure import FINGERPRINT_ROWS, ModelIdentity, ModelStructure, fingerprint, identify
 
@@ -34,7 +35,9 @@ class BlockSource:
     def first_inputs(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the first block receives for tokens [B, L], hidden states [B, L, d], and the keyword arguments
         (masks, rotary embeddings) that the model passes to every block for one sequence of L tokens.
+        Raises TealError for tokens that the model does not know.
         """
+        check_tokens(tokens, self.model)
         blocks = self.structure.block_modules(self.model)
         base = self.model.get_submodule(self.structure.path.rpartition(".")[0])
         device = next(parameter for parameter in base.parameters() if not parameter.is_meta).device
@@ -63,11 +66,8 @@ class StreamedBlocks(BlockSource):
     def block(self, index: int) -> Iterator[nn.Module]:
         module = self.structure.block_modules(self.model)[index]
         weights = self.checkpoint.tensors(f"{self.structure.path}.{index}.")
-        _assign(
-            module,
-            {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in weights},
-            f"block {index}",
-        )
+        converted = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in weights}
+        _assign(module, converted, f"block {index} of {self.checkpoint.directory}")
         try:
             yield module
         finally:
@@ -82,8 +82,7 @@ def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None)
     if isinstance(model, nn.Module):
         return BlockSource(model)
     directory = Path(model)
-    with torch.device("meta"):
-        structure = ModelStructure.of(_from_config(directory, None))
+    structure = structure_from_config(directory)
     index, projection = next(structure.projections())
     if f"{structure.module_name(index, projection)}.weight" in Checkpoint(directory):
         return StreamedBlocks(directory, dtype)
@@ -152,27 +151,22 @@ def discard_spool(directory: Path) -> None:
         for pattern in ("*.safetensors", ".*.tmp"):
             for file in directory.glob(pattern):
                 file.unlink()
-        directory.rmdir()
-
-
-def _from_config(directory: Path, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(directory)
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-    except ValueError as error:
-        raise TealError(f"unknown architecture in {directory}: {str(error).splitlines()[0]}") from error
+        with suppress(OSError):  # it holds something that is not ours
+            directory.rmdir()
 
 
 def _skeleton(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     """The model with everything but its blocks memory-mapped; the blocks are on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(directory)
     with torch.device("meta"):
-        model = _from_config(directory, dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
     path = ModelStructure.of(model).path
     compute_buffers(model)
-    outside = {name: checkpoint.tensor(name) for name in checkpoint.names() if not name.startswith(f"{path}.")}
-    model.load_state_dict({name: t.to(dtype or t.dtype) for name, t in outside.items()}, strict=False, assign=True)
+    outside = [name for name in checkpoint.names() if not name.startswith(f"{path}.")]
+    weights = ((name, checkpoint.tensor(name)) for name in outside)
+    _assign(model, {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights}, directory, strict=False)
     model.tie_weights()
     parent, _, blocks = path.rpartition(".")
     for name, value in model.get_submodule(parent).named_parameters():
@@ -192,12 +186,12 @@ def compute_buffers(model: Any) -> None:
             model._init_weights(module)
 
 
-def _assign(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+def _assign(module: nn.Module, weights: dict[str, Tensor], what: object, strict: bool = True) -> None:
     try:
-        module.load_state_dict(weights, strict=True, assign=True)
+        module.load_state_dict(weights, strict=strict, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\t")[1:]) or str(error)
-        raise TealError(f"{what} of the checkpoint does not match its config.json: {reason}") from error
+        raise TealError(f"{what} does not match its config.json: {reason}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from teal.progress import track
 from teal.statistics import ActivationStatistics, InputStatistics, block_tensors, from_tensors
 
 DENSE_TOKENS = 8
+REMEDY = "load the model in float32 or bfloat16, or check the weights before that"
 
 
 def calibrate(
@@ -31,15 +32,15 @@ def calibrate(
     Raises TealError for NaN or infinite activations, naming the block and the input.
     """
     ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
-    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": hash_tokens(ids)}
-    if not 0 <= dense_tokens < ids.shape[1]:
-        raise UsageError(f"dense_tokens must be between 0 and {ids.shape[1] - 1} for blocks of {ids.shape[1]} tokens")
     source = model if isinstance(model, BlockSource) else open_blocks(model)
     hidden, arguments = source.first_inputs(ids)
+    if not 0 <= dense_tokens < ids.shape[1]:
+        raise UsageError(f"dense_tokens must be between 0 and {ids.shape[1] - 1} for blocks of {ids.shape[1]} tokens")
     job = {
         "stage": "calibrate", "model": source.identity.weights, "tokens": hash_tokens(ids),
-        "dense_tokens": dense_tokens, "dtype": str(hidden.dtype),
+        "dense_tokens": dense_tokens, "dtype": str(hidden.dtype).removeprefix("torch."),
     }  # fmt: skip
+    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": job["tokens"]}
     progress = Spool(spool, job)
     hidden = hidden if progress.hidden is None else progress.hidden.to(hidden.device)
     blocks = []
@@ -53,9 +54,16 @@ def calibrate(
         with source.block(index) as block, _counting(source, index, block, statistics, dense_tokens):
             for row in hidden.split(1):
                 row.copy_(run_block(block, row, arguments[index]))
+        check_finite(hidden, f"block {index} {source.structure.blocks[index][-1].name}")
         progress.save(index, block_tensors(index, statistics), hidden)
         blocks.append(statistics)
-    return ActivationStatistics(source.identity, dense_tokens, blocks, details)
+    return ActivationStatistics(source.identity, dense_tokens, blocks, {**details, "dtype": job["dtype"]})
+
+
+def check_finite(hidden: Tensor, after: str) -> None:
+    """Raise TealError, naming what it comes `after`, if a hidden state is NaN or infinite."""
+    if not hidden.isfinite().all():
+        raise TealError(f"NaN or infinite values after {after}; {REMEDY}")
 
 
 def _counting(
@@ -73,9 +81,7 @@ def _counting(
             try:
                 statistics[name].add(inputs[0][..., dense_tokens:, :])
             except TealError as error:
-                raise TealError(
-                    f"block {index} {first[name]}: {error}; try float32 or bfloat16, or check the weights"
-                ) from None
+                raise TealError(f"at the input of block {index} {first[name]}, {error}; {REMEDY}") from None
 
         return count
 

@@ -2,12 +2,14 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
-from teal.errors import TealError
+from teal.errors import TealError, UsageError
 
 VERBS = {
     "demo": "run the whole pipeline on the embedded model and write a report",
@@ -21,40 +23,73 @@ VERBS = {
     "inspect": "show what an artifact or a model holds",
     "doctor": "show versions, devices and which kernels work here",
 }
+EXAMPLES = """
+example, on the model that comes with teal:
+  teal calibrate && teal allocate && teal generate --prompt "The city of"
+
+teal VERB --help shows a verb's options and examples.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as every other error: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit code: 0 done, 1 failed or interrupted, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verb = arguments[0] if arguments and arguments[0] in VERBS else None
-    parser = argparse.ArgumentParser(prog="teal", description="Training-free activation sparsity for language models.")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, summary in VERBS.items():
-        subparser = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == verb:  # only the chosen verb is imported
-            command = importlib.import_module(f"teal.commands.{name.replace('-', '_')}")
-            subparser.description = command.__doc__
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what the user must know, our own lines say
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # text of a model may have characters that a terminal has not
+    interrupted = "interrupted"
     try:
-        parsed = parser.parse_args(arguments)
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    try:
+        parsed = _parse(arguments)
+        interrupted = parsed.interrupted
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             parsed.run(parsed)
         sys.stdout.flush()
         return 0
+    except SystemExit as exit_:  # after --help
+        return int(exit_.code or 0)
     except TealError as error:
         print(f"teal: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nteal: interrupted; finished work is kept, repeat the command to continue", file=sys.stderr)
+        print(f"\nteal: {interrupted}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output has gone, as in `teal inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the verb with `run`, its function. Raises UsageError; exits after --help."""
+    parser = _Parser(
+        prog="teal",
+        description="Training-free activation sparsity for language models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    chosen = parser
+    for name, summary in VERBS.items():
+        subparser = verbs.add_parser(
+            name, help=summary, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == next(iter(arguments), None):  # only the chosen verb is imported
+            command = importlib.import_module(f"teal.commands.{name.replace('-', '_')}")
+            subparser.description = command.__doc__
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run, interrupted=getattr(command, "INTERRUPTED", "interrupted"))
+            chosen = subparser
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen.error(f"unknown arguments: {' '.join(unknown)}")
+    return parsed
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from teal.errors import TealError, UsageError
 
 CALIBRATION_TEXT = EMBEDDED / "calibration.txt"
 EVALUATION_TEXT = EMBEDDED / "evaluation.txt"
+DATASET = "hf:"  # what the name of a Hugging Face dataset starts with
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".tokens", ".jsonl")
 
 
@@ -43,18 +45,31 @@ def hash_tokens(ids: Tensor) -> str:
     return hashlib.sha256(ids.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()
 
 
-def read_documents(source: str | Path, field: str = "text", wikitext: bool = False) -> list[str]:
-    """The documents of one source, in order.
+def check_tokens(ids: Tensor, model: Any) -> None:
+    """Raise TealError unless `ids` are tokens [B, L] that `model` has embeddings for."""
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise TealError(f"tokens must be of shape [sequences, length] and not empty, got {tuple(ids.shape)}")
+    known = model.get_input_embeddings().num_embeddings
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        wrong = next(token for token in ids.flatten().tolist() if not 0 <= token < known)
+        raise TealError(f"token id {wrong} is outside the model's vocabulary of {known}; is the tokenizer another's?")
+
+
+def read_documents(source: str | Path, field: str = "text", wikitext: bool = False) -> Iterator[str]:
+    """The documents of one source, in order, read as they are asked for.
 
     `source` is a text file (one document), a .jsonl file (one per line, in `field`), a directory (its text
     and .jsonl files, sorted), "-" (standard input), or "hf:NAME[:CONFIG[:SPLIT]]" (a Hugging Face dataset,
     streamed; needs `datasets`). `wikitext` undoes WikiText's tokenization.
-    Raises UsageError for a missing source, TealError for one that holds no text.
+    Raises UsageError for a missing source, TealError for one that holds no text or is damaged.
     """
-    documents = [text for text in _read(str(source), field) if text.strip()]
-    if not documents:
+    empty = True
+    for text in _read(str(source), field):
+        if text.strip():
+            empty = False
+            yield detokenize_wikitext(text) if wikitext else text
+    if empty:
         raise TealError(f"{source} holds no text")
-    return [detokenize_wikitext(text) for text in documents] if wikitext else documents
 
 
 def token_blocks(
@@ -71,38 +86,54 @@ def token_blocks(
 
     The documents of all sources follow one another; every block opens with the tokenizer's begin-of-text
     token, if it has one, and a rest too short for a block is left out. `count` blocks are taken, in order,
-    or at random without repetition if there is a `seed`; None takes all.
+    or at random without repetition if there is a `seed`; None takes all. A dataset may be endless: it is read
+    only until there is text for `count` blocks.
     Raises TealError if the text gives fewer tokens than asked.
     """
-    if length < 2 or (count is not None and count < 1):
-        raise UsageError(f"blocks must have at least 2 tokens and there must be at least 1, got {count} x {length}")
-    stream: list[int] = []
-    for source in sources:
-        for document in read_documents(source, field, wikitext):
-            stream.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
+    if length < 2:
+        raise UsageError(f"a block of text must have at least 2 tokens, got {length}")
+    if count is not None and count < 1:
+        raise UsageError(f"at least 1 block of text is needed, got {count}")
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = length - len(opening)
-    available = len(stream) // body
-    if available < (count or 1):
+    stream: list[int] = []
+    for source in map(str, sources):
+        for document in read_documents(source, field, wikitext):
+            stream.extend(tokenizer(document, add_special_tokens=False, verbose=False).input_ids)
+            if source.startswith(DATASET) and count is not None and len(stream) >= count * body:
+                break
+    available, wanted = len(stream) // body, count or 1
+    if available < wanted:
         raise TealError(
-            f"the text gives {len(stream)} tokens, {(count or 1) * body} are needed for {count or 1} blocks of "
-            f"{length}; give more text, or ask for fewer or shorter blocks"
+            f"the text gives {len(stream)} tokens, {wanted * body} are needed ({wanted} x {length}); "
+            "give more text, or ask for fewer or shorter blocks"
         )
     starts = torch.arange(available)
     if seed is not None:
         starts = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     rows = [opening + stream[start * body : (start + 1) * body] for start in starts[:count].tolist()]
-    return TokenBlocks(torch.tensor(rows, dtype=torch.int64), tuple(Path(s).name for s in map(str, sources)), seed)
+    names = (source if source.startswith(DATASET) else Path(source).name for source in map(str, sources))
+    return TokenBlocks(torch.tensor(rows, dtype=torch.int64), tuple(names), seed)
+
+
+def read_stdin() -> str:
+    """All of standard input. Raises TealError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TealError(f"standard input is not UTF-8 text (byte {error.start})") from None
 
 
 def _read(source: str, field: str) -> Iterator[str]:
     if source == "-":
-        yield sys.stdin.read()
+        yield read_stdin()
         return
-    if source.startswith("hf:"):
-        yield from _read_dataset(source[3:], field)
+    if source.startswith(DATASET):
+        yield from _read_dataset(source.removeprefix(DATASET), field)
         return
     path = Path(source)
+    if (path / "config.json").is_file():
+        raise UsageError(f"{source} is a model, not a text; name the model first, before the options")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
         if not files:
@@ -117,7 +148,7 @@ def _read(source: str, field: str) -> Iterator[str]:
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TealError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -125,7 +156,7 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits inside JSON strings
         if not line.strip():
             continue
         try:
@@ -136,26 +167,38 @@ def _read_file(path: Path, field: str) -> Iterator[str]:
             raise TealError(
                 f"{path}, line {number} has no field {field!r}; name the field that holds the text"
             ) from None
-        if not isinstance(value, str):
-            raise TealError(f"{path}, line {number}: field {field!r} is {type(value).__name__}, expected text")
-        yield value
+        yield _text(value, f"{path}, line {number}: field {field!r}")
 
 
 def _read_dataset(name: str, field: str) -> Iterator[str]:
     try:
-        import datasets
+        datasets = import_module("datasets")
     except ImportError:
         raise TealError("reading a Hugging Face dataset needs: pip install 'teal-llm[datasets]'") from None
     path, _, rest = name.partition(":")
     config, _, split = rest.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            if field not in row:
+                raise TealError(f"dataset {name} has no field {field!r}; it has {', '.join(row)}")
+            yield _text(row[field], f"dataset {name}: field {field!r}")
+    except TealError:
+        raise
     except Exception as error:  # the hub raises many kinds; the user needs the one line
-        raise TealError(f"dataset {name} could not be loaded: {str(error).splitlines()[0]}") from error
-    for row in rows:
-        if field not in row:
-            raise TealError(f"dataset {name} has no field {field!r}; it has {', '.join(row)}")
-        yield row[field]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise TealError(f"dataset {name} could not be read: {reason}") from error
+
+
+def _text(value: Any, where: str) -> str:
+    """`value` if it is text that tokenizers take."""
+    if not isinstance(value, str):
+        raise TealError(f"{where} is {type(value).__name__}, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TealError(f"{where} holds half a character ({value[error.start]!r})") from None
+    return value
 
 
 _DETOKENIZE = [
@@ -168,7 +211,7 @@ _DETOKENIZE = [
     (re.compile(r' "([^"\n]*?) "'), lambda quoted: f' "{quoted.group(1).strip()}"'),
     (re.compile(r"(\d) – (\d)"), r"\1–\2"),
     (re.compile(r" +\n"), "\n"),
-    (re.compile(r"\n +"), "\n"),
+    (re.compile(r"^ +", re.MULTILINE), ""),
 ]
 
 

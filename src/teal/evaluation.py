@@ -1,7 +1,8 @@
 """evaluate: what sparsity costs, against the dense model, on the same tokens and under a stated token rule."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from teal.artifacts import check_header, check_keys
 from teal.calibration import DENSE_TOKENS
-from teal.data import TokenBlocks
+from teal.data import TokenBlocks, check_tokens
 from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear, sparse_from
 from teal.plan import SparsityPlan
@@ -73,6 +75,26 @@ class Evaluation:
             "measurements": [vars(measurement) for measurement in self.measurements],
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, payload: dict[str, Any], where: object) -> "Evaluation":
+        """Read what `to_json` gave. Raises TealError naming `where` for anything that does not belong."""
+        check_header(payload, FORMAT, VERSION, where)
+        keys = ("format", "version", "model", "rule", "details", "dense", "measurements")
+        check_keys(payload, keys, where, keys)
+        try:
+            dense = payload["dense"]
+            return cls(
+                dense["perplexity"],
+                dense["perplexity_error"],
+                dense["nll"],
+                [Measurement(**measurement) for measurement in payload["measurements"]],
+                payload["rule"],
+                ModelIdentity.from_json(payload["model"], where),
+                payload["details"],
+            )
+        except (KeyError, TypeError) as error:
+            raise TealError(f"{where} is damaged ({error}); evaluate again") from error
+
 
 def evaluate(
     model: nn.Module,
@@ -93,24 +115,30 @@ def evaluate(
     """
     ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
+    check_tokens(ids, model)
     if not 0 <= dense_tokens <= ids.shape[1] - 2:
         raise UsageError(
             f"dense_tokens must be between 0 and {ids.shape[1] - 2} for sequences of {ids.shape[1]} tokens"
         )
-    first = next(iter(plans.values()))
-    if not any(isinstance(module, SparseLinear) for module in model.modules()):
-        sparsify(model, first, 0.0, strict=strict)
-    identity = model.sparsity_identity
+    if not plans:
+        raise UsageError("there is no plan to evaluate")
     for plan in plans.values():
-        check_plan(plan, identity, strict)
         for level in levels:
             plan.settings(level)  # a level outside the plan fails now, not in the middle
-    runs = [(name, level) for name in plans for level in levels]
+    first, *unchecked = plans.values()
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        unchecked.append(first)
+    else:
+        sparsify(model, first, 0.0, strict=strict)
+    identity: Any = model.sparsity_identity
+    for plan in unchecked:
+        check_plan(plan, identity, strict)
+    runs = [(name, level) for name in plans for level in dict.fromkeys(levels)]
     scores = {run: _Scores() for run in runs}
     meters = {run: SparsityMeter(model) for run in runs}
     dense_scores = _Scores()
     device = next(model.parameters()).device
-    with torch.no_grad(), sparse_from(model, dense_tokens):
+    with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model, first):
         for row in track(ids, "evaluating sequences", len(ids), show_progress):
             row = row.to(device)
             apply_plan(model, first, 0.0)
@@ -122,7 +150,6 @@ def evaluate(
                 with meters[name, level].measuring():
                     sparse = _logits(model, row, dense_tokens)
                 scores[name, level].add(sparse, dense, targets)
-    _restore(model, first)
     rule = {
         "dense_tokens": dense_tokens,
         "sparse": f"every position from {dense_tokens} on, as if decoded; earlier positions dense",
@@ -171,7 +198,7 @@ class _Scores:
 
     def perplexity(self) -> tuple[float, float]:
         mean, error = mean_and_error(self.nll)
-        return math.exp(mean), math.exp(mean) * error
+        return _exp(mean), _exp(mean) * error
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -180,6 +207,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return mean, 0.0
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _exp(value: float) -> float:
+    """e to the `value`; what a broken model makes too large for a float stays finite."""
+    return math.exp(min(value, 600.0))
 
 
 def _measure(
@@ -196,8 +228,8 @@ def _measure(
         sparsity=meter.sparsity(),
         perplexity=perplexity,
         perplexity_error=perplexity_error,
-        increase=100 * math.expm1(difference),
-        increase_error=100 * math.exp(difference) * difference_error,
+        increase=100 * math.expm1(min(difference, 600.0)),
+        increase_error=100 * _exp(difference) * difference_error,
         kl=kl,
         kl_error=kl_error,
         top1_agreement=top1,
@@ -207,6 +239,11 @@ def _measure(
     )
 
 
-def _restore(model: nn.Module, plan: SparsityPlan) -> None:
-    before = getattr(model, "sparsity_plan", plan)
-    apply_plan(model, before, getattr(model, "sparsity_level", default_level(before)))
+@contextmanager
+def _restoring(model: nn.Module, plan: SparsityPlan) -> Iterator[None]:
+    """Bring the model's own plan and level back at the end."""
+    try:
+        yield
+    finally:
+        before = getattr(model, "sparsity_plan", plan)
+        apply_plan(model, before, getattr(model, "sparsity_level", default_level(before)))

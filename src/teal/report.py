@@ -92,9 +92,9 @@ def allocation_section(plan: SparsityPlan, level: float) -> str:
 
 def samples_section(samples: Sequence[dict[str, Any]]) -> str:
     """Generated text, dense and sparse."""
-    parts = ["## Generated text"]
+    parts = ["## Generated text", "One draw each, temperature 0.7, top-p 0.95, the same seed."]
     for sample in samples:
         title = "dense" if sample["level"] == 0 else f"sparsity {sample['level']:g}"
         text = (sample["prompt"] + sample["text"]).strip().replace("\n", "\n> ")
-        parts.append(f"**{title}** (greedy)\n\n> {text}")
+        parts.append(f"**{title}**\n\n> {text}")
     return "\n\n".join(parts)

@@ -93,15 +93,19 @@ class ActivationStatistics:
     blocks: list[dict[str, InputStatistics]]
     details: dict[str, Any] = field(default_factory=dict)
 
+    def check_merges(self, identity: ModelIdentity, dense_tokens: int) -> None:
+        """Raise TealError unless statistics of `identity` and `dense_tokens` can be added to these."""
+        identity.check_fits(self.identity, "the other statistics")
+        if self.identity.weights != identity.weights:
+            raise TealError("the statistics are of different weights and cannot be added")
+        if self.dense_tokens != dense_tokens:
+            raise TealError(
+                f"the statistics skip {self.dense_tokens} and {dense_tokens} dense tokens and cannot be added"
+            )
+
     def merge(self, other: "ActivationStatistics") -> "ActivationStatistics":
         """The statistics of both texts together. Raises TealError if they are not of one model and token rule."""
-        other.identity.check_fits(self.identity, "the other statistics")
-        if self.identity.weights != other.identity.weights:
-            raise TealError("the statistics are of different weights and cannot be added")
-        if self.dense_tokens != other.dense_tokens:
-            raise TealError(
-                f"the statistics skip {self.dense_tokens} and {other.dense_tokens} dense tokens and cannot be added"
-            )
+        self.check_merges(other.identity, other.dense_tokens)
         blocks = [
             {
                 name: InputStatistics(

@@ -103,8 +103,8 @@ def _block_projections(block: nn.Module) -> tuple[Projection, ...]:
     projections = []
     for name, module in block.named_modules():
         if _leaf(name) in INPUT_OF_PROJECTION and hasattr(module, "in_features"):
-            features = (int(module.out_features), int(module.in_features))
-            projections.append(Projection(name, _input_of(name), *features))
+            linear: Any = module
+            projections.append(Projection(name, _input_of(name), linear.out_features, linear.in_features))
     return tuple(sorted(projections, key=lambda p: list(INPUT_OF_PROJECTION).index(_leaf(p.name))))
 
 

@@ -107,9 +107,7 @@ class TestTealConfig:
         assert thresholds == pytest.approx(settings)
         assert torch.equal(generate(reloaded, IDS), generate(model, IDS))
 
-    def test_a_saved_model_reloads_in_a_fresh_process(
-        self, saved: tuple[Path, SparsityPlan], tmp_path: Path
-    ) -> None:
+    def test_a_saved_model_reloads_in_a_fresh_process(self, saved: tuple[Path, SparsityPlan], tmp_path: Path) -> None:
         directory, plan = saved
         model = load_sparse(directory, quantization_config=teal.TealConfig(plan=plan, level=0.5))
         model.save_pretrained(tmp_path)
@@ -155,9 +153,7 @@ print(model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist
         [
             pytest.param({"plan": "nowhere.json"}, "nowhere.json does not exist", id="no-file"),
             pytest.param({"plan": {"format": "x"}}, "quantization config has format 'x'", id="no-plan"),
-            pytest.param(
-                {"plan": None}, "needs a SparsityPlan, a plan file or its JSON object, got None", id="none"
-            ),
+            pytest.param({"plan": None}, "needs a SparsityPlan, a plan file or its JSON object, got None", id="none"),
         ],
     )
     def test_bad_plan(self, arguments: dict, message: str) -> None:

@@ -83,9 +83,7 @@ class TestSparseGemv:
 
     def test_accumulates_in_float32(self) -> None:
         k = 4096  # a bfloat16 sum of ones stops growing at 256
-        y = sparse_gemv(
-            torch.ones(1, k, dtype=torch.bfloat16), torch.ones(1, k, dtype=torch.bfloat16), scalar(0.5)
-        )
+        y = sparse_gemv(torch.ones(1, k, dtype=torch.bfloat16), torch.ones(1, k, dtype=torch.bfloat16), scalar(0.5))
         assert y.item() == k
 
 

@@ -133,9 +133,7 @@ class TestSparseLinear:
     @pytest.mark.parametrize("dense_tokens", [-1, 0, 2, 4, 9])
     @pytest.mark.parametrize("tokens", [0, 1, 4], ids=lambda count: f"{count}-tokens")
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_against_the_reference(
-        self, layout: str, dtype: torch.dtype, tokens: int, dense_tokens: int
-    ) -> None:
+    def test_against_the_reference(self, layout: str, dtype: torch.dtype, tokens: int, dense_tokens: int) -> None:
         x, weight = normal(3, tokens, 30, dtype=dtype), packed(layout, 11, 30, dtype)
         biases = (normal(11, dtype=dtype, seed=2), normal(11, dtype=dtype, seed=3))
         actual = sparse_linear(x, weight, torch.tensor(0.6), *biases, dense_tokens)

@@ -5,13 +5,15 @@ examples:
   teal allocate ./Llama-3.2-1B                         from teal-Llama-3.2-1B/statistics.safetensors
   teal allocate ./Llama-3.2-1B --method uniform --output uniform.json
 
-Greedy works block by block; finished blocks are kept beside the output and a repeated command continues.
+Finished blocks are kept beside the output until it is complete: an interrupted command, repeated, continues.
 """
 
 import argparse
 from pathlib import Path
 
 from teal.commands import common
+
+INTERRUPTED = "interrupted; finished blocks are kept, repeat the command to continue"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="from teal calibrate (default: teal-MODEL/statistics.safetensors)",
     )
-    parser.add_argument("--method", choices=("uniform", "blockwise"), default="blockwise")
+    parser.add_argument(
+        "--method", choices=("uniform", "blockwise"), default="blockwise",
+        help="the same sparsity everywhere, or greedy in each block (default: blockwise)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--levels", type=common.level, nargs="+", metavar="S", help="the plan's grid of sparsities (default: 0 to 0.9)"
+    )
     common.add_output(parser, "plan.json")
     common.add_text(parser, "the embedded calibration text")
     parser.add_argument(
@@ -30,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--length", type=common.positive, help="tokens in a block of text (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="which blocks of the text are taken")
-    parser.add_argument("--step", type=float, default=0.005, help="share of a block's weights per greedy step")
+    parser.add_argument(
+        "--step", type=float, default=0.005, help="share of a block's weights per greedy step (default: 0.005)"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse statistics made for other weights")
     common.add_dtype(parser)
     common.add_json(parser)
@@ -42,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import load_config, resolve_model
     from teal.data import CALIBRATION_TEXT
     from teal.errors import TealError
+    from teal.plan import level_grid
     from teal.sparsify import check_weights
     from teal.statistics import ActivationStatistics
 
@@ -61,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = allocate(
         statistics,
         arguments.method,
+        levels=sorted(set(arguments.levels)) if arguments.levels else level_grid(),
         model=source,
         tokens=blocks,
         greedy=GreedyConfig(arguments.step),
@@ -69,8 +81,6 @@ def run(arguments: argparse.Namespace) -> None:
     )
     plan.save(output)
     discard_spool(common.spool_directory(output))
-    common.say(
-        arguments,
-        f"{plan.method} plan for {len(plan.blocks)} blocks, levels 0 to {plan.levels[-1]} -> {output}",
-    )
+    covered = f"{plan.levels[0]:g} to {plan.levels[-1]:g}"
+    common.say(arguments, f"{plan.method} plan for {len(plan.blocks)} blocks, levels {covered} -> {output}")
     common.write_result(arguments, {"output": str(output), "method": plan.method, "levels": list(plan.levels)})

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.shape and (arguments.model or arguments.plan):
         raise UsageError("--shape stands alone: it has random weights and thresholds of its own")
     if arguments.tokens < 2:
-        raise UsageError("--tokens must be at least 2: the first one comes from prefill and is not timed")
+        raise UsageError("--tokens must be at least 2: prefill gives the first one, which is not timed")
     common.check_device(arguments.device)
     load = _random_engine if arguments.shape else _engine
     engine, plan, prompt_ids, name = load(arguments)
@@ -51,15 +51,17 @@ def run(arguments: argparse.Namespace) -> None:
         plan,
         arguments.levels,
         prompt_ids,
+        name=name,
         new_tokens=arguments.tokens,
         repeats=arguments.repeats,
+        strict=arguments.strict,
         show_progress=True,
     )
-    show(arguments, name, result)
-    common.write_result(arguments, {"model": name, **result.to_json()})
+    common.write_result(arguments, result.to_json())
+    show(arguments, result)
 
 
-def show(arguments: argparse.Namespace, name: str, result: "Benchmark") -> None:
+def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
     """Print a benchmark as a table, with what it was measured on below."""
     rows = [
         [
@@ -82,12 +84,12 @@ def show(arguments: argparse.Namespace, name: str, result: "Benchmark") -> None:
         "MB read",
         "% of bandwidth",
     ]
-    common.print_table(arguments, "", columns, rows)
+    common.print_table(arguments, columns, rows)
     d = result.details
     common.say(
         arguments,
-        f"{name}, {d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads, torch {d['torch']}; "
-        f"{d['repeats']} repeats of {d['new_tokens']} tokens after {d['prompt_tokens']}; medians",
+        f"{d['model']}, {d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads, "
+        f"torch {d['torch']}; {d['repeats']} repeats of {d['new_tokens']} tokens after {d['prompt_tokens']}; medians",
         f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s, measured in the same run; {d['rule']}",
         f"correct: products differ from the reference by at most {d['largest_relative_error']:.1e} of the largest "
         f"output (allowed {d['tolerance']:.1e})",

@@ -5,12 +5,14 @@ examples:
   teal calibrate ./Llama-3.2-1B                    any local model, block by block
   teal calibrate ./Llama-3.2-1B --text c4.jsonl    on a text of yours
 
-Interrupted work is kept beside the output; repeat the command to continue.
+Finished blocks are kept beside the output until it is complete: an interrupted command, repeated, continues.
 """
 
 import argparse
 
 from teal.commands import common
+
+INTERRUPTED = "interrupted; finished blocks are kept, repeat the command to continue"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_text(parser, "the embedded calibration text")
     common.add_output(parser, "statistics.safetensors")
     parser.add_argument(
-        "--tokens", type=common.positive, help="tokens to read (default: 20480, or all of the embedded text)"
+        "--tokens", type=common.positive, default=20480, help="tokens to read, in whole blocks (default: 20480)"
     )
     parser.add_argument("--length", type=common.positive, help="tokens in a block (default: the context, at most 2048)")
     parser.add_argument("--dense-tokens", type=common.natural, help="positions of each block not counted (default: 8)")
@@ -39,12 +41,16 @@ def run(arguments: argparse.Namespace) -> None:
     earlier = [ActivationStatistics.load(path) for path in arguments.merge or []]
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(
-        arguments, directory, CALIBRATION_TEXT, arguments.length, arguments.tokens or 20480, arguments.seed
+        arguments, directory, CALIBRATION_TEXT, arguments.length, arguments.tokens, arguments.seed
     )
+    source = open_blocks(directory, common.dtype_of(arguments))
+    dense_tokens = DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens
+    for other in earlier:
+        other.check_merges(source.identity, dense_tokens)  # now, not after the work
     statistics = calibrate(
-        open_blocks(directory, common.dtype_of(arguments)),
+        source,
         blocks,
-        dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        dense_tokens=dense_tokens,
         spool=common.spool_directory(output),
         show_progress=True,
     )

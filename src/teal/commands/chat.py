@@ -4,7 +4,7 @@ examples:
   teal chat ./Llama-3.2-1B-Instruct
   teal chat ./Llama-3.2-1B-Instruct --level 0.4 --system "Answer briefly."
 
-Type /level 0.5 to turn the sparsity, /clear to start anew, /exit (or Ctrl-D) to leave.
+Type /level 0.5 to turn the sparsity, /clear to start anew, /exit (or Ctrl-D) to leave. Ctrl-C ends an answer.
 """
 
 import argparse
@@ -41,13 +41,18 @@ def run(arguments: argparse.Namespace) -> None:
                 turns.append({"user": line, **answer})
         except TealError as error:  # a turn that fails ends the turn, not the chat
             print(f"teal: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(ended and forgotten)", file=sys.stderr)
     common.write_result(arguments, {"turns": turns})
 
 
 def _ask() -> str | None:
     """The next line, None at the end of the chat."""
     print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")  # what is no UTF-8 fails as a prompt
+    except KeyboardInterrupt:
+        line = ""
     return None if not line or line.strip() == "/exit" else line.strip()
 
 
@@ -62,6 +67,7 @@ def _turn_level(model: TextModel, line: str) -> None:
         raise UsageError(str(error)) from None
     set_sparsity(model.engine or model.model, level)
     model.level = level
+    print(f"sparsity {level:g}" if level else "dense", file=sys.stderr)
 
 
 def _answer(model: TextModel, messages: list[dict[str, str]], arguments: argparse.Namespace) -> dict[str, object]:
@@ -69,7 +75,7 @@ def _answer(model: TextModel, messages: list[dict[str, str]], arguments: argpars
 
     prompt_ids, stop = encode_chat(model.tokenizer, messages)
     generation = model.stream(prompt_ids, arguments.max_new_tokens, [*stop, *arguments.stop])
-    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    stream = common.human_stream(arguments)
     for piece in generation:
         print(piece, end="", file=stream, flush=True)
     print(file=stream)

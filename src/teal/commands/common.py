@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from teal.errors import TealError, UsageError
 
@@ -33,7 +34,9 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON to PATH, - for standard output")
+    parser.add_argument(
+        "--json", type=json_target, metavar="PATH", help="write the result as JSON to PATH, - for standard output"
+    )
 
 
 def add_text(parser: argparse.ArgumentParser, default: str) -> None:
@@ -65,6 +68,15 @@ def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...]) -> N
     )  # fmt: skip
 
 
+def json_target(text: str) -> str:
+    """Where JSON goes; what cannot be written is refused before the work, not after."""
+    from teal.artifacts import check_writable
+
+    if text != "-":
+        check_writable(Path(text))
+    return text
+
+
 def level(text: str) -> float:
     """A sparsity on the command line."""
     try:
@@ -92,7 +104,7 @@ def natural(text: str) -> int:
 
 def work_directory(model: str | None) -> Path:
     """Where a model's artifacts go unless told otherwise: ./teal-NAME."""
-    return Path(f"teal-{Path(model).name if model else 'embedded'}")
+    return Path(f"teal-{os.path.basename(os.path.abspath(model)) if model else 'embedded'}")
 
 
 def output_path(arguments: argparse.Namespace, default: str) -> Path:
@@ -151,17 +163,20 @@ def read_blocks(
     tokens: int | None,
     seed: int | None,
 ) -> "TokenBlocks":
-    """Blocks of the text that was named: `tokens` of them altogether (None: all), `length` at most the context."""
+    """Blocks of the text that was named: `tokens` tokens altogether, rounded up to whole blocks (None: all).
+
+    `length` is that of a block, by default the model's context, at most 2048 and at most `tokens`.
+    """
     from teal.checkpoint import load_config, load_tokenizer
     from teal.data import token_blocks
 
     context = context_length(load_config(directory))
-    length = min(2048, context) if length is None else length
+    length = min(2048, context, tokens or context) if length is None else length
     if length > context:
         raise UsageError(
             f"blocks of {length} tokens do not fit the model's context of {context}; pass a smaller --length"
         )
-    count = None if tokens is None else max(1, -(-tokens // length))
+    count = None if tokens is None else -(-tokens // length)
     sources = arguments.text or [default_text]
     tokenizer = load_tokenizer(directory)
     return token_blocks(
@@ -179,6 +194,16 @@ def context_length(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
 
 
+def load_model(directory: Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> Any:
+    """The transformers model of a directory, without the library's own progress bar."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from teal.checkpoint import load_model
+
+    disable_progress_bar()
+    return load_model(directory, dtype, device)
+
+
 def write_result(arguments: argparse.Namespace, payload: dict[str, Any]) -> None:
     """Write the machine-readable result where --json asks for it."""
     from teal.artifacts import write_json
@@ -190,23 +215,20 @@ def write_result(arguments: argparse.Namespace, payload: dict[str, Any]) -> None
         write_json(Path(arguments.json), payload)
 
 
+def human_stream(arguments: argparse.Namespace) -> TextIO:
+    """Where text for people goes: standard output, or standard error if --json - uses that."""
+    return sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
+
+
 def say(arguments: argparse.Namespace, *lines: str) -> None:
-    """Print for people: on standard output, or on standard error if --json - uses that."""
-    stream = sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
+    """Print for people."""
     for line in lines:
-        print(line, file=stream)
+        print(line, file=human_stream(arguments))
 
 
-def print_table(arguments: argparse.Namespace, title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table for people: text columns to the left, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    stream = sys.stderr if getattr(arguments, "json", None) == "-" else sys.stdout
-    width = None if stream.isatty() else 160
-    Console(file=stream, width=width, highlight=False).print(table)
+def print_table(arguments: argparse.Namespace, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people: the first column to the left, the others, numbers, to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        say(arguments, "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())

@@ -28,10 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.artifacts import check_writable, write_atomically, write_json
     from teal.benchmark import benchmark
     from teal.calibration import calibrate
-    from teal.checkpoint import EMBEDDED_MODEL, load_model, load_tokenizer
+    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
     from teal.data import CALIBRATION_TEXT, EVALUATION_TEXT, token_blocks
     from teal.engine.generate import generate
     from teal.engine.load import load_engine
+    from teal.engine.sampling import SamplingConfig
     from teal.engine.text import encode_prompt
     from teal.evaluation import evaluate as measure
     from teal.sparsify import set_sparsity, sparsify
@@ -43,8 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(out / "report.md")
 
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    text = token_blocks([CALIBRATION_TEXT], tokenizer, length=512, count=40, seed=0)
-    statistics = calibrate(EMBEDDED_MODEL, text, show_progress=True)
+    many = token_blocks([CALIBRATION_TEXT], tokenizer, length=512, count=40, seed=0)
+    statistics = calibrate(EMBEDDED_MODEL, many, show_progress=True)
     statistics.save(out / "statistics.safetensors")
 
     few = token_blocks([CALIBRATION_TEXT], tokenizer, length=512, count=2, seed=0)
@@ -63,22 +64,25 @@ def run(arguments: argparse.Namespace) -> None:
         plan.save(out / f"{name}.json")
 
     sequences = token_blocks([EVALUATION_TEXT], tokenizer, length=512, count=32)
-    quality = measure(load_model(EMBEDDED_MODEL), sequences, plans, common.DEFAULT_LEVELS, show_progress=True)
+    quality = measure(common.load_model(EMBEDDED_MODEL), sequences, plans, common.DEFAULT_LEVELS, show_progress=True)
     evaluate.show(arguments, quality)
     write_json(out / "evaluation.json", quality.to_json())
 
     engine = load_engine(EMBEDDED_MODEL, context=256)
     sparsify(engine, plans["blockwise"], 0.0)
     prompt_ids = encode_prompt(tokenizer, PROMPT)
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=0)
     samples = []
     for level in (0.0, *common.DEFAULT_LEVELS):
         set_sparsity(engine, level)
-        text_ = generate(engine, tokenizer, prompt_ids, 60).text
-        samples.append({"level": level, "prompt": PROMPT, "text": text_})
-        common.say(arguments, f"\nsparsity {level:g}: {PROMPT}{text_}")
+        text = generate(engine, tokenizer, prompt_ids, 60, sampling).text
+        samples.append({"level": level, "prompt": PROMPT, "text": text})
+        common.say(arguments, f"\nsparsity {level:g}: {PROMPT}{text}")
     common.say(arguments, "")
-    speed = benchmark(engine, plans["blockwise"], common.DEFAULT_LEVELS, prompt_ids, show_progress=True)
-    bench.show(arguments, "the embedded model", speed)
+    speed = benchmark(
+        engine, plans["blockwise"], common.DEFAULT_LEVELS, prompt_ids, name="the embedded model", show_progress=True
+    )
+    bench.show(arguments, speed)
     write_json(out / "bench.json", speed.to_json())
 
     sections = [

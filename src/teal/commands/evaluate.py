@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
     common.add_levels(parser, common.DEFAULT_LEVELS)
     common.add_text(parser, "the embedded evaluation text")
-    parser.add_argument("--tokens", type=common.positive, help="tokens to read (default: the whole text)")
+    parser.add_argument("--tokens", type=common.positive, help="tokens to read, in whole sequences (default: all)")
     parser.add_argument(
         "--length", type=common.positive, help="tokens in a sequence (default: the context, at most 2048)"
     )
@@ -43,21 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from teal.calibration import DENSE_TOKENS
-    from teal.checkpoint import load_model, resolve_model
+    from teal.checkpoint import resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.evaluation import evaluate
     from teal.plan import SparsityPlan
 
     common.check_device(arguments.device)
     if arguments.plan:
-        plans = {path.stem: SparsityPlan.load(path) for path in arguments.plan}
+        stems = [path.stem for path in arguments.plan]
+        names = stems if len(set(stems)) == len(stems) else map(str, arguments.plan)
+        plans = {name: SparsityPlan.load(path) for name, path in zip(names, arguments.plan, strict=True)}
     else:
         plan = common.load_plan(arguments)
         plans = {plan.method: plan}
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.length, arguments.tokens, None)
     result = evaluate(
-        load_model(directory, common.dtype_of(arguments), arguments.device),
+        common.load_model(directory, common.dtype_of(arguments), arguments.device),
         blocks,
         plans,
         arguments.levels,
@@ -65,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         strict=arguments.strict,
         show_progress=True,
     )
-    show(arguments, result)
     common.write_result(arguments, result.to_json())
+    show(arguments, result)
 
 
 def show(arguments: argparse.Namespace, result: "Evaluation") -> None:
@@ -95,7 +97,7 @@ def show(arguments: argparse.Namespace, result: "Evaluation") -> None:
         ]
         for m in result.measurements
     ]
-    common.print_table(arguments, "", columns, rows)
+    common.print_table(arguments, columns, rows)
     rule = result.rule
     common.say(
         arguments,

@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from teal.data import read_stdin
     from teal.engine.text import encode_prompt
 
-    prompt = sys.stdin.read().rstrip("\n") if arguments.prompt is None else arguments.prompt
+    prompt = read_stdin().rstrip("\n") if arguments.prompt is None else arguments.prompt
     if not prompt.strip():
         raise UsageError("the prompt is empty; pass --prompt TEXT or pipe text in")
     model = TextModel(arguments)
     generation = model.stream(encode_prompt(model.tokenizer, prompt), arguments.max_new_tokens, arguments.stop)
-    stream = sys.stderr if arguments.json == "-" else sys.stdout
+    stream = common.human_stream(arguments)
     print(prompt, end="", file=stream, flush=True)
     for piece in generation:
         print(piece, end="", file=stream, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.commands import common
-from teal.errors import UnsupportedModelError
+from teal.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
@@ -21,7 +21,14 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
     common.add_plan(parser)
     parser.add_argument("--level", type=common.level, help="sparsity of decode, 0 is dense (default: 0.5)")
     parser.add_argument("--dense", action="store_true", help="no sparsity; needs no plan")
-    parser.add_argument("--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N",
+        help=f"(default: {max_new_tokens})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--context", type=common.positive, metavar="N",
+        help="room for prompt and new tokens (default: the model's context, at most 4096)",
+    )  # fmt: skip
     parser.add_argument(
         "--temperature", type=float, default=temperature, help=f"0 is greedy (default: {temperature:g})"
     )
@@ -29,7 +36,7 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that reach this probability")
     parser.add_argument("--min-p", type=float, help="drop tokens less likely than this share of the likeliest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these strings")
     common.add_dtype(parser)
     common.add_device(parser)
@@ -63,19 +70,25 @@ class TextModel:
             self.level = default_level(self.plan) if arguments.level is None else arguments.level
         self.engine: DecoderModel | None = None
         self.model: Any = None
+        self.context = 0  # of `model`; the engine knows its own
         self._load(arguments, directory, self.plan)
 
     def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
-        from teal.checkpoint import load_model
-        from teal.engine.load import load_engine
+        from teal.engine.load import DEFAULT_CONTEXT, load_engine
         from teal.sparsify import sparsify
 
         dtype = common.dtype_of(arguments)
         try:
-            self.engine = load_engine(directory, dtype, arguments.device, plan, self.level, strict=arguments.strict)
+            self.engine = load_engine(
+                directory, dtype, arguments.device, plan, self.level, arguments.context, strict=arguments.strict
+            )
         except UnsupportedModelError as reason:
-            warnings.warn(f"decoding through transformers, the engine cannot serve this model: {reason}", stacklevel=2)
-            self.model = load_model(directory, dtype, arguments.device)
+            warnings.warn(f"decoding through transformers: {reason}", stacklevel=2)
+            self.model = common.load_model(directory, dtype, arguments.device)
+            most = common.context_length(self.model.config)
+            if arguments.context is not None and arguments.context > most:
+                raise UsageError(f"context must be between 1 and the model's {most}, got {arguments.context}") from None
+            self.context = arguments.context or min(most, DEFAULT_CONTEXT)
             if plan is not None:
                 sparsify(self.model, plan, self.level, strict=arguments.strict)
 
@@ -105,8 +118,13 @@ class TextModel:
     ) -> Iterator[str]:
         import torch
 
+        from teal.data import check_tokens
+        from teal.engine.cache import check_holds
+
         sampling = self.sampling
         ids = torch.tensor([list(prompt_ids)], device=self.model.device)
+        check_tokens(ids, self.model)
+        check_holds(self.context, len(prompt_ids), max_new_tokens)
         torch.manual_seed(sampling.seed)
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": max_new_tokens}
         if sampling.temperature > 0:
@@ -115,18 +133,36 @@ class TextModel:
         options |= {"repetition_penalty": sampling.repetition_penalty}
         if stop:
             options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        started = time.perf_counter()
-        tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt_ids) :]
-        seconds = time.perf_counter() - started
+        clock = _Clock()
+        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+        tokens = output[0, len(prompt_ids) :]
         text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
         for string in stop:
             text = text.partition(string)[0]
         statistics |= {
             "engine": "transformers", "text": text, "new_tokens": len(tokens),
             "finish_reason": "length" if len(tokens) == max_new_tokens else "stop",
-            "decode_tokens_per_second": round(len(tokens) / seconds, 2),
+            "decode_tokens_per_second": round(clock.decode_tokens_per_second(), 2),
         }  # fmt: skip
         yield text
+
+
+class _Clock:
+    """A transformers streamer that only notes when the prompt and each new token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def decode_tokens_per_second(self) -> float:
+        """Without prefill, which gives the first token."""
+        _, first, *others = self.times
+        return len(others) / (others[-1] - first) if others else 0.0
 
 
 def sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":

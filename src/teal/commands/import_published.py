@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan, implied = import_published(arguments.directory, structure_from_config(path))
     plan.save(output)
     rows = [[f"{level:g}", f"{plan.expected_sparsity(level):.4f}", f"{implied[level]:.4f}"] for level in plan.levels]
-    common.print_table(arguments, "", ["level", "nominal", "implied by the thresholds"], rows)
+    common.print_table(arguments, ["level", "nominal", "implied by the thresholds"], rows)
     common.say(arguments, f"{plan.method} plan for {len(plan.blocks)} blocks -> {output}")
     common.write_result(
         arguments,

@@ -1,9 +1,10 @@
-"""Show what an artifact or a model holds: plans, statistics, evaluations, sparse side directories, checkpoints.
+"""Show what a plan, statistics, an evaluation, a benchmark, a saved sparse model or a checkpoint holds.
 
 examples:
   teal inspect                                     the embedded model
   teal inspect teal-embedded/plan.json --level 0.5
   teal inspect teal-embedded/statistics.safetensors
+  teal inspect evaluation.json                     written by teal evaluate --json
   teal inspect ./Llama-3.2-1B
 """
 
@@ -12,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal.commands import common
+from teal.commands import bench, common, evaluate
 
 if TYPE_CHECKING:
     from teal.plan import Setting
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="PATH", help="an artifact, a model directory or hub name")
-    parser.add_argument("--level", type=common.level, default=0.5, help="the sparsity to show (default: 0.5)")
+    parser.add_argument("--level", type=common.level, help="the sparsity to show (default: 0.5)")
     common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    path = Path(arguments.path or "")
+    from teal.checkpoint import EMBEDDED_MODEL
+    from teal.sparsify import PLAN_FILE, SETTINGS_FILE
+
+    path = Path(arguments.path or EMBEDDED_MODEL)
     if path.is_file():
         shown = (_statistics if path.suffix == ".safetensors" else _json_artifact)(arguments, path)
-    elif (path / "teal.json").is_file():
-        shown = _plan(arguments, path / "plan.json")
+    elif (path / SETTINGS_FILE).is_file():
+        shown = _json_artifact(arguments, path / PLAN_FILE)
     else:
         shown = _model(arguments)
     common.write_result(arguments, shown)
@@ -46,34 +50,46 @@ def _identity(arguments: argparse.Namespace, identity: "ModelIdentity") -> None:
 
 
 def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    from teal import benchmark, evaluation
     from teal.artifacts import read_json
 
     payload = read_json(path)
-    if payload.get("format") == "teal.evaluation":
-        return _evaluation(arguments, payload)
+    if payload.get("format") == evaluation.FORMAT:
+        evaluate.show(arguments, evaluation.Evaluation.from_json(payload, path))
+        return payload
+    if payload.get("format") == benchmark.FORMAT:
+        bench.show(arguments, benchmark.Benchmark.from_json(payload, path))
+        return payload
     return _plan(arguments, path)
 
 
 def _plan(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     from teal.plan import SparsityPlan
+    from teal.sparsify import default_level
 
     plan = SparsityPlan.load(path)
-    level = min(arguments.level, plan.levels[-1])
+    level = default_level(plan) if arguments.level is None else arguments.level
+    settings, expected = plan.settings(level), plan.expected_sparsity(level)
     common.say(arguments, f"plan         {plan.method}, levels {plan.levels[0]:g} to {plan.levels[-1]:g}")
     _identity(arguments, plan.identity)
-    names = list(plan.blocks[0])
+    names = list(dict.fromkeys(name for block in settings for name in block))
     rows = []
-    for index, block in enumerate(plan.settings(level)):
+    for index, block in enumerate(settings):
         rows.append([str(index), *(_cell(block[name]) if name in block else "" for name in names)])
-    expected = plan.expected_sparsity(level)
-    title = f"\nsparsity and threshold at level {level:g} (expected: {expected:.4f} of the block weights)"
-    common.print_table(arguments, title, ["block", *(name.rpartition(".")[2] for name in names)], rows)
+    common.say(
+        arguments, f"\nsparsity and threshold at level {level:g} (expected: {expected:.4f} of the block weights)"
+    )
+    common.print_table(arguments, ["block", *(name.rpartition(".")[2] for name in names)], rows)
     return {
         "kind": "plan", "method": plan.method, "levels": list(plan.levels), "level": level,
-        "expected_sparsity": plan.expected_sparsity(level), "details": plan.details,
-        "blocks": [{n: {"sparsity": s.sparsity, "threshold": s.threshold if isinstance(s.threshold, float) else "vector"}
-                    for n, s in block.items()} for block in plan.settings(level)],
+        "expected_sparsity": expected, "details": plan.details,
+        "blocks": [{name: _setting(setting) for name, setting in block.items()} for block in settings],
     }  # fmt: skip
+
+
+def _setting(setting: "Setting") -> dict[str, Any]:
+    threshold = setting.threshold if isinstance(setting.threshold, float) else "per channel"
+    return {"sparsity": setting.sparsity, "threshold": threshold}
 
 
 def _cell(setting: "Setting") -> str:
@@ -85,33 +101,20 @@ def _cell(setting: "Setting") -> str:
 def _statistics(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     from teal.statistics import ActivationStatistics
 
-    statistics = ActivationStatistics.load(path)
+    statistics, level = ActivationStatistics.load(path), 0.5 if arguments.level is None else arguments.level
     common.say(arguments, f"statistics   first {statistics.dense_tokens} tokens of each block of text not counted")
     _identity(arguments, statistics.identity)
     common.say(arguments, f"text         {json.dumps(statistics.details)}")
     rows, blocks = [], []
     for index, block in enumerate(statistics.blocks):
-        thresholds = {name: entry.threshold(arguments.level) for name, entry in block.items()}
+        thresholds = {name: entry.threshold(level) for name, entry in block.items()}
         tokens = next(iter(block.values())).tokens
         rows.append([str(index), str(tokens), *(f"{value:.4g}" for value in thresholds.values())])
         blocks.append({"tokens": tokens, "threshold": thresholds})
     columns = ["block", "tokens", *statistics.blocks[0]]
-    common.print_table(arguments, f"\nthreshold for a sparsity of {arguments.level:g}", columns, rows)
-    return {"kind": "statistics", "level": arguments.level, "details": statistics.details, "blocks": blocks}
-
-
-def _evaluation(arguments: argparse.Namespace, payload: dict[str, Any]) -> dict[str, Any]:
-    from teal.artifacts import check_header
-    from teal.evaluation import FORMAT, VERSION
-
-    check_header(payload, FORMAT, VERSION, arguments.path)
-    rows = [["dense", "0", "0", f"{payload['dense']['perplexity']:.3f}", "", ""]]
-    for m in payload["measurements"]:
-        figures = [f"{m['perplexity']:.3f}", f"{m['increase']:+.2f}", f"{m['kl']:.4f}"]
-        rows.append([m["plan"], f"{m['level']:g}", f"{m['sparsity']:.4f}", *figures])
-    common.print_table(arguments, "", ["plan", "level", "realised", "perplexity", "increase %", "KL"], rows)
-    common.say(arguments, f"sparse: {payload['rule']['sparse']}; counted: {payload['rule']['counted']}")
-    return payload
+    common.say(arguments, f"\nthreshold for a sparsity of {level:g}")
+    common.print_table(arguments, columns, rows)
+    return {"kind": "statistics", "level": level, "details": statistics.details, "blocks": blocks}
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
         for p in structure.blocks[0]
     ]
     columns = ["projection", "input", "outputs N", "inputs K", "% of block weights"]
-    common.print_table(arguments, f"\nblock 0 of {len(structure.blocks)}", columns, rows)
+    common.say(arguments, f"\nblock 0 of {len(structure.blocks)}")
+    common.print_table(arguments, columns, rows)
     return {
         "kind": "model",
         "directory": str(directory),

@@ -13,8 +13,10 @@ _MAX_WAITING = 8  # tokens; a character has at most 4 bytes, so what waits longe
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a prompt, with the begin-of-text token where the model has one.
 
-    Raises UsageError if that gives no token at all.
+    Raises UsageError if that gives no token at all, or for text that is no valid Unicode.
     """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError("the text holds bytes that are no UTF-8, or half a character")
     ids = tokenizer(text, verbose=False).input_ids
     if not ids:
         raise UsageError("the prompt is empty, and this model has no begin-of-text token to start from")
