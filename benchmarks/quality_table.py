@@ -13,7 +13,7 @@ from teal.artifacts import check_header, read_json
 from teal.evaluation import FORMAT, VERSION, mean_and_error
 from teal.report import markdown_table
 
-COLUMNS = ["plan", "nominal", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %", "against the first plan %"]
+COLUMNS = ["plan", "nominal", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %", "to the first plan %"]
 
 
 def rows(evaluation: dict[str, Any]) -> list[list[str]]:
@@ -47,7 +47,8 @@ def main() -> None:
         check_header(evaluation, FORMAT, VERSION, path)
         print(markdown_table(COLUMNS, rows(evaluation)))
         rule = evaluation["rule"]
-        print(f"\nRule: {rule['sparse']}; counted: {rule['counted']}, {rule['tokens_counted']} in all; {rule['dtype']}.\n")
+        print(f"\nRule: {rule['sparse']}; counted: {rule['counted']},", end=" ")
+        print(f"{rule['tokens_counted']} in all; {rule['dtype']}.\n")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,11 @@ class TestPlansThatDoNotFit:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            pytest.param({"num_hidden_layers": 3}, "the plan is for 3 blocks, the model has 2", id="blocks"),
+            pytest.param(
+                {"num_hidden_layers": 3},
+                "the plan cannot be of this model: made for 3 blocks, the model has 2",
+                id="blocks",
+            ),
             pytest.param({"intermediate_size": 40}, "32 x 40 in the plan and 32 x 56 in the model", id="shapes"),
         ],
     )
@@ -195,5 +199,5 @@ class TestFiles:
             load(tiny_model(seed=1), tmp_path)
         with pytest.raises(TealError, match="made for other weights"):
             load(tiny_model(seed=1), tmp_path, strict=True)
-        with pytest.raises(TealError, match="does not fit the model"):
+        with pytest.raises(TealError, match="cannot be of this model"):
             load(tiny_model(intermediate_size=40), tmp_path)

@@ -170,7 +170,7 @@ class TestMerge:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            pytest.param({"identity": ModelIdentity("tiny", (SHAPES,), "")}, "is for 1 blocks", id="blocks"),
+            pytest.param({"identity": ModelIdentity("tiny", (SHAPES,), "")}, "made for 1 blocks", id="blocks"),
             pytest.param({"identity": ModelIdentity("tiny", (SHAPES,) * 2, "cd")}, "different weights", id="weights"),
             pytest.param({"dense_tokens": 4}, "skip 8 and 4 dense tokens", id="dense-tokens"),
         ],

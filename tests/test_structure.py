@@ -111,7 +111,7 @@ class TestModelIdentity:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            pytest.param({"num_hidden_layers": 3}, "is for 3 blocks, the model has 2", id="blocks"),
+            pytest.param({"num_hidden_layers": 3}, "made for 3 blocks, the model has 2", id="blocks"),
             pytest.param(
                 {"intermediate_size": 40},
                 "block 0 mlp.down_proj has weight 32 x 40 in the plan and 32 x 56 in the model",

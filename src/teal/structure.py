@@ -169,12 +169,13 @@ class ModelIdentity:
     def check_fits(self, other: "ModelIdentity", what: str) -> None:
         """Raise TealError, naming both shapes, unless `self` (of `what`) has the shapes of the model `other`."""
         if len(self.shapes) != len(other.shapes):
-            raise TealError(f"{what} is for {len(self.shapes)} blocks, the model has {len(other.shapes)}")
+            counts = f"made for {len(self.shapes)} blocks, the model has {len(other.shapes)}"
+            raise TealError(f"{what} cannot be of this model: {counts}")
         for index, (mine, theirs) in enumerate(zip(self.shapes, other.shapes, strict=True)):
             if mine != theirs:
                 name = next(n for n in sorted(set(mine) | set(theirs)) if mine.get(n) != theirs.get(n))
                 raise TealError(
-                    f"{what} does not fit the model: block {index} {name} has weight "
+                    f"{what} cannot be of this model: block {index} {name} has weight "
                     f"{_shape(mine.get(name))} in {what} and {_shape(theirs.get(name))} in the model"
                 )
 
