@@ -37,6 +37,15 @@ class TestWriting:
         assert read_json(path) == {"x": 1}
         assert [entry.name for entry in path.parent.iterdir()] == ["c.json"]
 
+    def test_others_may_read_what_the_umask_allows(self, tmp_path: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            write_json(tmp_path / "x.json", {})
+            write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(1)}, {})
+        finally:
+            os.umask(before)
+        assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o640, 0o640]
+
     def test_replaces_a_file(self, tmp_path: Path) -> None:
         for value in (1, 2):
             write_json(tmp_path / "x.json", {"x": value})

@@ -1,139 +1,286 @@
-"""Evaluation: the dense figures at level 0, hand-counted perplexity and sparsity, and the token rule."""
+"""Evaluation: what it reports equals what a few plain lines compute under the same token rule."""
 
+import json
 import math
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from helpers import projection_inputs, random_tokens, tiny_model, tiny_plan
+from helpers import BEGIN, LEVELS, random_plan, random_tokens, tiny_model, tiny_plan
+from torch import Tensor, nn
 
+from teal.data import TokenBlocks
 from teal.errors import TealError, UsageError
-from teal.evaluation import evaluate, mean_and_error
-from teal.linear import SparseLinear, sparse_from
+from teal.evaluation import Evaluation, evaluate, mean_and_error
+from teal.linear import sparse_layers
+from teal.ops.reference import drop_small, keep_mask
+from teal.plan import SparsityPlan
 from teal.sparsify import set_sparsity, sparsify
-from teal.structure import ModelStructure
+from teal.structure import ModelStructure, identify
 
-IDS = random_tokens(rows=5, length=20)
+TOKENS = random_tokens(3, 20, seed=5)
 DENSE_TOKENS = 4
 
 
-def mean_nll(model, ids, dense_tokens):
-    """Mean loss of the predictions made at positions dense_tokens ... L - 2, sequence by sequence."""
-    values = []
-    for row in ids:
-        log_p = model(input_ids=row[None, :-1]).logits[0].log_softmax(-1)
-        positions = range(dense_tokens, len(row) - 1)
-        values.append(-sum(log_p[t, row[t + 1]].item() for t in positions) / len(positions))
-    return values
+def run(model: nn.Module, plan: SparsityPlan, levels: tuple[float, ...] = (0.5,), **options: Any) -> Evaluation:
+    return evaluate(model, TOKENS, plan, levels, **{"dense_tokens": DENSE_TOKENS, **options})
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma3_text", "phi3"])
-def model(request):
-    return tiny_model(request.param)
+def masked_logits(
+    model: nn.Module, plan: SparsityPlan, level: float, row: Tensor, kept: dict[str, list[int]]
+) -> Tensor:
+    """Logits [L - 1, V] of a sequence without its last token, inputs dropped by plain hooks from DENSE_TOKENS on.
 
-
-@torch.no_grad()
-def test_level_0_is_the_dense_model(model):
-    dense = mean_nll(model, IDS, DENSE_TOKENS)
-    result = evaluate(model, IDS, tiny_plan(model), [0.0], dense_tokens=DENSE_TOKENS)
-    (zero,) = result.measurements
-    assert result.dense_nll == pytest.approx(dense, abs=1e-5)
-    assert result.dense_perplexity == pytest.approx(math.exp(sum(dense) / len(dense)), rel=1e-5)
-    assert zero.perplexity == pytest.approx(result.dense_perplexity, rel=1e-6)
-    assert zero.kl == pytest.approx(0, abs=1e-6)
-    assert (zero.top1_agreement, zero.sparsity, zero.expected_sparsity) == (1, 0, 0)
-
-
-@torch.no_grad()
-def test_sparse_figures_equal_those_computed_by_hand(model):
-    dense = [model(input_ids=row[None, :-1]).logits[0, DENSE_TOKENS:] for row in IDS]
-    plan = tiny_plan(model)
-    result = evaluate(model, IDS, plan, [0.5], dense_tokens=DENSE_TOKENS)
-    sparsify(model, plan, 0.5)
-    with sparse_from(model, DENSE_TOKENS):
-        by_hand = mean_nll(model, IDS, DENSE_TOKENS)
-        sparse = [model(input_ids=row[None, :-1]).logits[0, DENSE_TOKENS:] for row in IDS]
-    (half,) = result.measurements
-    assert half.nll == pytest.approx(by_hand, abs=1e-5)
-    pairs = list(zip(sparse, dense, strict=True))
-    kl = [(q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1).mean().item() for p, q in pairs]
-    assert half.kl == pytest.approx(sum(kl) / len(kl), rel=1e-3)
-    agree = [(p.argmax(-1) == q.argmax(-1)).float().mean().item() for p, q in pairs]
-    assert half.top1_agreement == pytest.approx(sum(agree) / len(agree))
-    mean, error = mean_and_error(by_hand)
-    assert half.perplexity_error == pytest.approx(math.exp(mean) * error, rel=1e-4)
-    assert half.kl > 0
-
-
-@torch.no_grad()
-def test_realised_sparsity_is_the_share_of_weight_bytes_of_dropped_inputs():
-    model = tiny_model()
-    plan = tiny_plan(model)
-    result = evaluate(model, IDS[:1], plan, [0.5], dense_tokens=0)
-    sparsify(model, plan, 0.5)
-    with sparse_from(model, 0):
-        inputs = projection_inputs(model, IDS[:1, :-1])
+    Adds to `kept` how many inputs of each projection were kept and seen.
+    """
     structure = ModelStructure.of(model)
-    dropped = total = 0
-    for index, projection in structure.projections():
-        name = structure.module_name(index, projection)
-        layer = model.get_submodule(name)
-        assert isinstance(layer, SparseLinear)
-        share = (inputs[name].abs() <= layer.threshold).double().mean().item()
-        assert result.measurements[0].projections[f"{index}.{projection.name}"] == pytest.approx(share)
-        dropped, total = dropped + share * projection.size, total + projection.size
-    assert result.measurements[0].sparsity == pytest.approx(dropped / total)
+    settings = plan.settings(level)
+    with ExitStack() as stack, torch.no_grad():
+        for index, projection in structure.projections():
+            threshold = torch.as_tensor(settings[index][projection.name].threshold)
+            counts = kept.setdefault(f"{index}.{projection.name}", [0, 0])
+
+            def hook(
+                _: nn.Module, inputs: tuple[Tensor], threshold: Tensor = threshold, counts: list[int] = counts
+            ) -> Tensor:
+                dense, sparse = inputs[0][:, :DENSE_TOKENS], inputs[0][:, DENSE_TOKENS:]
+                counts[0] += int(keep_mask(sparse, threshold).sum())
+                counts[1] += sparse.numel()
+                return torch.cat([dense, drop_small(sparse, threshold)], dim=1)
+
+            module = model.get_submodule(structure.module_name(index, projection))
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        return model(input_ids=row[None, :-1], use_cache=False).logits[0].double()
 
 
-def test_several_plans_share_one_dense_run_and_the_rule_is_stated():
-    model = tiny_model()
-    plans = {"one": tiny_plan(model), "two": tiny_plan(model, seed=11)}
-    result = evaluate(model, IDS, plans, [0.25, 0.5], dense_tokens=DENSE_TOKENS)
-    assert [(m.plan, m.level) for m in result.measurements] == [
-        ("one", 0.25),
-        ("one", 0.5),
-        ("two", 0.25),
-        ("two", 0.5),
-    ]
-    rule = result.rule
-    assert rule["dense_tokens"] == DENSE_TOKENS
-    assert rule["tokens_counted"] == 5 * (20 - 1 - DENSE_TOKENS)
-    assert "positions 4 to 18" in rule["counted"]
-    alone = evaluate(tiny_model(), IDS, plans["two"], [0.5], dense_tokens=DENSE_TOKENS)
-    assert alone.measurements[0].nll == result.measurements[3].nll
+def mean_loss(logits: Tensor, row: Tensor) -> float:
+    """Of the predictions made at positions DENSE_TOKENS to L - 2."""
+    positions = range(DENSE_TOKENS, len(row) - 1)
+    return sum(-logits[at].log_softmax(-1)[row[at + 1]].item() for at in positions) / len(positions)
 
 
-def test_the_model_keeps_its_level():
-    model = tiny_model()
-    plan = tiny_plan(model)
-    sparsify(model, plan, 0.25)
-    before = [layer.threshold.clone() for layer in model.modules() if isinstance(layer, SparseLinear)]
-    evaluate(model, IDS, plan, [0.5])
-    after = [layer.threshold for layer in model.modules() if isinstance(layer, SparseLinear)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    set_sparsity(model, 0.0)
+class TestAgainstPlainCode:
+    @pytest.mark.parametrize("level", [0.25, 0.6])
+    @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+    def test_every_figure(self, family: str, level: float) -> None:
+        model = tiny_model(family)
+        plan = tiny_plan(model)
+        losses: dict[str, list[float]] = {"dense": [], "sparse": []}
+        divergences, agreements, kept = [], [], {}
+        for row in TOKENS:
+            dense = model(input_ids=row[None, :-1], use_cache=False).logits[0].detach().double()
+            sparse = masked_logits(model, plan, level, row, kept)
+            losses["dense"].append(mean_loss(dense, row))
+            losses["sparse"].append(mean_loss(sparse, row))
+            log_p, log_q = dense[DENSE_TOKENS:].log_softmax(-1), sparse[DENSE_TOKENS:].log_softmax(-1)
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).mean().item())
+            agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
+
+        result = run(tiny_model(family), plan, (level,))
+        (measured,) = result.measurements
+        mean = {kind: sum(values) / len(values) for kind, values in losses.items()}
+        assert result.dense_perplexity == pytest.approx(math.exp(mean["dense"]), rel=1e-5)
+        assert result.dense_nll == pytest.approx(losses["dense"], rel=1e-5)
+        assert measured.perplexity == pytest.approx(math.exp(mean["sparse"]), rel=1e-4)
+        assert measured.nll == pytest.approx(losses["sparse"], rel=1e-4)
+        assert measured.increase == pytest.approx(100 * (math.exp(mean["sparse"] - mean["dense"]) - 1), rel=1e-2)
+        assert measured.kl == pytest.approx(sum(divergences) / 3, rel=1e-3)
+        assert measured.top1_agreement == pytest.approx(sum(agreements) / 3)
+        dropped = {name: 1 - count / seen for name, (count, seen) in kept.items()}
+        assert measured.projections == pytest.approx(dropped, abs=2e-3)  # a mask may flip at a rounded input
+        sizes = {f"{index}.{name}": n * k for index, block in enumerate(plan.identity.shapes)
+                 for name, (n, k) in block.items()}  # fmt: skip
+        weighted = sum(size * dropped[name] for name, size in sizes.items()) / sum(sizes.values())
+        assert measured.sparsity == pytest.approx(weighted, abs=2e-3)
+        assert measured.expected_sparsity == pytest.approx(level)
+
+    def test_standard_errors(self) -> None:
+        assert mean_and_error([2.0]) == (2.0, 0.0)
+        mean, error = mean_and_error([1.0, 2.0, 4.0])
+        assert mean == pytest.approx(7 / 3)
+        assert error == pytest.approx(torch.tensor([1.0, 2.0, 4.0]).std().item() / math.sqrt(3))
+        model = tiny_model()
+        result = run(model, tiny_plan(model))
+        (measured,) = result.measurements
+        differences = [sparse - dense for sparse, dense in zip(measured.nll, result.dense_nll, strict=True)]
+        difference, error = mean_and_error(differences)
+        assert measured.increase_error == pytest.approx(100 * math.exp(difference) * error)
+        assert measured.perplexity_error == pytest.approx(measured.perplexity * mean_and_error(measured.nll)[1])
+
+    @pytest.mark.parametrize("rows", [1, 3, 256])
+    def test_how_many_positions_are_scored_at_once_changes_nothing(
+        self, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = tiny_model()
+        plan, expected = tiny_plan(model), run(tiny_model(), tiny_plan(model)).measurements[0]
+        monkeypatch.setattr("teal.evaluation.LOGIT_ROWS", rows)
+        found = run(model, plan).measurements[0]
+        assert (found.perplexity, found.kl) == pytest.approx((expected.perplexity, expected.kl))
 
 
-@pytest.mark.parametrize("dense_tokens", [-1, 19, 100])
-def test_a_rule_that_counts_nothing_is_refused(dense_tokens):
-    model = tiny_model()
-    with pytest.raises(UsageError, match="dense_tokens must be between 0 and 18"):
-        evaluate(model, IDS, tiny_plan(model), [0.5], dense_tokens=dense_tokens)
+class TestDense:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_level_0_is_dense(self, dtype: torch.dtype) -> None:
+        model = tiny_model(dtype=dtype)
+        result = run(model, tiny_plan(model), (0.0,))
+        (measured,) = result.measurements
+        assert measured.perplexity == pytest.approx(result.dense_perplexity, rel=1e-6)
+        assert measured.increase == pytest.approx(0, abs=1e-4)
+        assert measured.kl == pytest.approx(0, abs=1e-6)
+        assert (measured.top1_agreement, measured.sparsity, measured.expected_sparsity) == (1.0, 0.0, 0.0)
+
+    def test_quality_falls_with_the_level(self) -> None:
+        model = tiny_model()
+        measured = run(model, tiny_plan(model), LEVELS).measurements
+        assert [m.level for m in measured] == list(LEVELS)
+        for lower, higher in pairwise(measured):
+            assert lower.kl < higher.kl
+            assert lower.sparsity < higher.sparsity
+            assert lower.top1_agreement > higher.top1_agreement
 
 
-def test_a_level_outside_the_plan_is_refused_before_anything_is_computed():
-    model = tiny_model()
-    with pytest.raises(TealError, match="covers sparsity"):
-        evaluate(model, IDS, tiny_plan(model), [0.5, 0.99])
+class TestPlansAndLevels:
+    def test_several_plans(self) -> None:
+        model = tiny_model()
+        plans = {"one": tiny_plan(model), "other": tiny_plan(model, seed=8)}
+        result = evaluate(model, TOKENS, plans, (0.25, 0.5), dense_tokens=DENSE_TOKENS)
+        assert [(m.plan, m.level) for m in result.measurements] == [
+            ("one", 0.25), ("one", 0.5), ("other", 0.25), ("other", 0.5),
+        ]  # fmt: skip
+        for name, plan in plans.items():
+            alone = run(tiny_model(), plan, (0.25, 0.5))
+            together = [m for m in result.measurements if m.plan == name]
+            assert [m.nll for m in together] == [m.nll for m in alone.measurements]
+            assert [m.projections for m in together] == [m.projections for m in alone.measurements]
+
+    def test_one_plan_has_the_name_of_its_method(self) -> None:
+        model = tiny_model()
+        assert run(model, tiny_plan(model)).measurements[0].plan == "uniform"
+
+    def test_a_level_given_twice_is_measured_once(self) -> None:
+        model = tiny_model()
+        assert [m.level for m in run(model, tiny_plan(model), (0.5, 0.25, 0.5)).measurements] == [0.5, 0.25]
+
+    def test_a_plan_with_vectors(self) -> None:
+        model = tiny_model()
+        plan = random_plan(identify(model), vectors=True)
+        (measured,) = run(model, plan).measurements
+        assert 0 < measured.sparsity < 1
+
+    def test_a_dense_model_ends_dense(self) -> None:
+        model = tiny_model()
+        before = model(input_ids=TOKENS[:, :1]).logits
+        run(model, tiny_plan(model))
+        assert torch.equal(model(input_ids=TOKENS[:, :1]).logits, before)
+        assert all(layer.dense_tokens == -1 for layer in sparse_layers(model).values())
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_sparse_model_keeps_its_plan_and_level(self, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_model()
+        sparsify(model, tiny_plan(model), 0.6)
+        step, other = random_tokens(1, 1), tiny_plan(tiny_model(), seed=9)
+        before = model(input_ids=step).logits
+        if fails:
+            monkeypatch.setattr("teal.evaluation._logits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run(model, other, (0.25,))
+        else:
+            run(model, other, (0.25,))
+        assert torch.equal(model(input_ids=step).logits, before)
+        assert model.sparsity_level == 0.6
+        set_sparsity(model, 0.6)
+        assert torch.equal(model(input_ids=step).logits, before)
 
 
-def test_infinite_logits_are_refused():
-    model = tiny_model()
-    plan = tiny_plan(model)
-    torch.nn.init.constant_(model.model.norm.weight, float("inf"))
-    with pytest.raises(TealError, match="NaN or infinite"):
-        evaluate(model, IDS, plan, [0.5])
+class TestRefused:
+    @pytest.mark.parametrize("dense_tokens", [-1, 19, 40])
+    def test_dense_tokens(self, dense_tokens: int) -> None:
+        model = tiny_model()
+        with pytest.raises(UsageError, match="dense_tokens must be between 0 and 18 for sequences of 20 tokens"):
+            run(model, tiny_plan(model), dense_tokens=dense_tokens)
+
+    def test_no_plan(self) -> None:
+        with pytest.raises(UsageError, match="there is no plan to evaluate"):
+            evaluate(tiny_model(), TOKENS, {})
+
+    def test_unknown_tokens(self) -> None:
+        model = tiny_model()
+        with pytest.raises(TealError, match="token id 300 is outside the model's vocabulary"):
+            evaluate(model, torch.tensor([[BEGIN, 300, 5, 5]]), tiny_plan(model), dense_tokens=0)
+
+    def test_nan_logits(self) -> None:
+        model = tiny_model()
+        plan = tiny_plan(model)
+        model.lm_head.weight.data[3, 3] = float("nan")
+        with pytest.raises(TealError, match="the model's logits are NaN or infinite"):
+            run(model, plan)
+
+    def test_a_level_outside_the_plan_changes_nothing(self) -> None:
+        model = tiny_model()
+        with pytest.raises(TealError, match=r"the plan covers sparsity 0\.0 to 0\.75, got 0\.8"):
+            run(model, tiny_plan(model), (0.25, 0.8))
+        with pytest.raises(TealError, match="no sparse projections"):
+            sparse_layers(model)
+
+    def test_a_plan_of_other_shapes(self) -> None:
+        plans = {"one": tiny_plan(tiny_model()), "other": tiny_plan(tiny_model(intermediate_size=48))}
+        with pytest.raises(TealError, match="48 in the plan and 32 x 56 in the model"):
+            evaluate(tiny_model(), TOKENS, plans, (0.5,))
+
+    def test_a_plan_of_other_weights(self) -> None:
+        plan = tiny_plan(tiny_model(seed=1))
+        with pytest.warns(UserWarning, match="may not belong to this model: it was made for other weights") as warned:
+            run(tiny_model(), plan)
+        assert len(warned) == 1
+        with pytest.raises(TealError, match="may not belong to this model"):
+            run(tiny_model(), plan, strict=True)
+
+    def test_losses_beyond_the_range_of_a_float(self) -> None:
+        model = tiny_model()
+        plan = tiny_plan(model)
+        model.lm_head.weight.data *= 1e5
+        result = run(model, plan)
+        assert math.isfinite(result.dense_perplexity)
+        json.dumps(result.to_json(), allow_nan=False)
 
 
-def test_mean_and_error():
-    assert mean_and_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
-    assert mean_and_error([4.0]) == (4.0, 0.0)
+class TestResult:
+    def test_the_rule_is_stated(self) -> None:
+        model = tiny_model()
+        blocks = TokenBlocks(TOKENS, ("some.txt",), None)
+        result = evaluate(model, blocks, tiny_plan(model), (0.5,), dense_tokens=DENSE_TOKENS)
+        assert result.rule == {
+            "dense_tokens": 4,
+            "sparse": "every position from 4 on, as if decoded; earlier positions dense",
+            "counted": "predictions made at positions 4 to 18 of each sequence",
+            "sequences": 3,
+            "sequence_length": 20,
+            "tokens_counted": 45,
+            "dtype": "float32",
+        }
+        assert result.details == blocks.describe()
+        assert result.identity == identify(tiny_model())
+
+    def test_round_trip(self) -> None:
+        model = tiny_model()
+        result = run(model, tiny_plan(model), (0.25, 0.5))
+        assert Evaluation.from_json(json.loads(json.dumps(result.to_json())), "here") == result
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"version": 99}, "here has version 99, this teal reads up to 1"),
+            ({"format": "teal.plan"}, "here has format 'teal.plan', expected 'teal.evaluation'"),
+            ({"extra": 1}, r"here has unknown keys \['extra'\]"),
+            ({"measurements": [{"plan": "x"}]}, "here is damaged"),
+            ({"measurements": 3}, "here is damaged"),
+            ({"dense": {}}, "here is damaged"),
+        ],
+    )
+    def test_damaged(self, change: dict[str, Any], message: str) -> None:
+        model = tiny_model()
+        payload = run(model, tiny_plan(model)).to_json() | change
+        with pytest.raises(TealError, match=message):
+            Evaluation.from_json(payload, "here")

@@ -1,25 +1,53 @@
-"""The public names: few, documented, and free until used."""
+"""What the package promises its users: few names, documented, cheap to import."""
 
+import importlib
+import inspect
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
 import teal
 
 
-@pytest.mark.parametrize("name", teal.__all__)
-def test_a_public_name_is_there_and_documented(name):
-    assert len(getattr(teal, name).__doc__.strip()) > 40
-
-
-def test_public_names_are_at_most_ten_and_listed():
+def test_at_most_ten_names() -> None:
     assert len(teal.__all__) <= 10
-    assert set(teal.__all__) <= set(dir(teal))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    assert list(teal.__all__) == sorted(teal.__all__)
+
+
+@pytest.mark.parametrize("name", teal.__all__)
+def test_names_are_importable_and_documented(name: str) -> None:
+    value = getattr(teal, name)
+    assert not isinstance(value, ModuleType)
+    assert value.__module__.startswith("teal.")
+    assert len(inspect.getdoc(value) or "") > 40
+    assert name in dir(teal)
+
+
+def test_a_name_that_there_is_not() -> None:
+    with pytest.raises(AttributeError, match="module 'teal' has no attribute 'nothing'"):
         teal.nothing  # noqa: B018
 
 
-def test_importing_teal_loads_neither_torch_nor_transformers():
-    code = "import sys, teal, teal.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("name", ["sparsify", "evaluation", "calibration"])
+def test_importing_a_module_does_not_hide_a_function(name: str) -> None:
+    module = importlib.import_module(f"teal.{name}")
+    assert isinstance(module, ModuleType)
+    assert callable(teal.sparsify)
+    assert callable(teal.calibrate)
+
+
+def test_importing_is_cheap() -> None:
+    """Neither the package nor the command line's help loads torch or transformers."""
+    code = """
+import sys
+import teal
+from teal.cli import main
+assert main(["--help"]) == 0
+assert main(["calibrate", "--help"]) == 0
+heavy = {"torch", "transformers", "numpy", "rich", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -227,8 +227,9 @@ def greedy_trajectory(
 
     Each step raises one projection by `step` of the block's weights, the one whose increase adds the least
     error. Increases are re-evaluated lazily (Minoux 1978): one computed earlier is trusted as a lower bound,
-    so that most steps cost one or two evaluations instead of one per projection. Between two steps the level
-    is met exactly by interpolation.
+    so that most steps cost one or two evaluations instead of one per projection. Where increases grow along
+    the path, as they mostly do, the path is that of the exhaustive search. Between two steps the level is met
+    exactly by interpolation.
     """
     total = sum(p.size for p in projections)
     rise = {p.name: config.step * total / p.size for p in projections}

@@ -1,5 +1,6 @@
 """Walk a model block by block: hidden states are carried along, only one block's weights need be in memory."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,6 +73,7 @@ class StreamedBlocks(BlockSource):
             yield module
         finally:
             module.to("meta")
+            _return_freed_memory()
 
 
 def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> BlockSource:
@@ -184,6 +186,13 @@ def compute_buffers(model: Any) -> None:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if computed:
             model._init_weights(module)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library can: its heap fragments from block to block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _assign(module: nn.Module, weights: dict[str, Tensor], what: object, strict: bool = True) -> None:

@@ -13,6 +13,7 @@ from teal.progress import track
 from teal.statistics import ActivationStatistics, InputStatistics, block_tensors, from_tensors
 
 DENSE_TOKENS = 8
+COUNTED_ROWS = 256  # counted at once; counting needs about 16 times the memory of what is counted
 REMEDY = "load the model in float32 or bfloat16, or check the weights before that"
 
 
@@ -79,7 +80,8 @@ def _counting(
     def counter(name: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             try:
-                statistics[name].add(inputs[0][..., dense_tokens:, :])
+                for rows in inputs[0][..., dense_tokens:, :].split(COUNTED_ROWS, dim=-2):
+                    statistics[name].add(rows)
             except TealError as error:
                 raise TealError(f"at the input of block {index} {first[name]}, {error}; {REMEDY}") from None
 

@@ -82,6 +82,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
         if name == next(iter(arguments), None):  # only the chosen verb is imported
             command = importlib.import_module(f"teal.commands.{name.replace('-', '_')}")
+            subparser.usage = f"%(prog)s {getattr(command, 'OPERANDS', '[MODEL] ')}[options]"
             subparser.description = command.__doc__
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run, interrupted=getattr(command, "INTERRUPTED", "interrupted"))

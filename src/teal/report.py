@@ -7,76 +7,80 @@ from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
 
+Table = tuple[list[str], list[list[str]]]  # columns and rows
+
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def evaluation_section(result: Evaluation) -> str:
-    """Quality against sparsity, with the token rule."""
+def evaluation_table(result: Evaluation) -> Table:
+    """Quality against sparsity, dense first."""
+    dense = f"{result.dense_perplexity:.3f} ± {result.dense_perplexity_error:.3f}"
     rows = [
         [
-            "dense",
-            "0",
-            "0",
-            f"{result.dense_perplexity:.2f} ± {result.dense_perplexity_error:.2f}",
-            "",
-            "",
-            "",
-        ]
-    ]
-    rows += [
-        [
-            m.plan, f"{m.level:g}", f"{m.sparsity:.3f}", f"{m.perplexity:.2f} ± {m.perplexity_error:.2f}",
-            f"{m.increase:+.2f} % ± {m.increase_error:.2f}", f"{m.kl:.4f} ± {m.kl_error:.4f}",
-            f"{100 * m.top1_agreement:.1f} % ± {100 * m.top1_error:.1f}",
+            m.plan,
+            f"{m.level:g}",
+            f"{m.sparsity:.4f}",
+            f"{m.perplexity:.3f} ± {m.perplexity_error:.3f}",
+            f"{m.increase:+.2f} ± {m.increase_error:.2f}",
+            f"{m.kl:.4f} ± {m.kl_error:.4f}",
+            f"{100 * m.top1_agreement:.2f} ± {100 * m.top1_error:.2f}",
         ]
         for m in result.measurements
-    ]  # fmt: skip
+    ]
+    columns = ["plan", "nominal", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %"]
+    return columns, [["dense", "0", "0", dense, "", "", ""], *rows]
+
+
+def evaluation_rule(result: Evaluation) -> str:
+    """What an evaluation's figures mean."""
     rule = result.rule
-    columns = ["plan", "nominal", "realised", "perplexity", "increase", "KL (nats)", "top-1 agreement"]
-    return "\n\n".join(
-        [
-            "## Quality",
-            markdown_table(columns, rows),
-            f"Rule: {rule['sparse']}; counted: {rule['counted']} ({rule['tokens_counted']} predictions, "
-            f"{rule['dtype']}). ± is one standard error over sequences; of the increase, of the paired difference.",
-        ]
+    return (
+        f"{rule['tokens_counted']} predictions in {rule['sequences']} sequences of {rule['sequence_length']} tokens, "
+        f"{rule['dtype']}; sparse: {rule['sparse']}; ± is one standard error over sequences, of the increase paired"
     )
+
+
+def speed_table(result: Benchmark) -> Table:
+    """Decode speed, bytes and bandwidth, dense first."""
+    rows = [
+        [
+            "dense" if speed.level == 0 else f"{speed.level:g}",
+            f"{speed.sparsity:.4f}",
+            f"{speed.tokens_per_second:.2f} ({speed.slowest:.2f}-{speed.fastest:.2f})",
+            f"{speed.speedup:.2f} ({speed.speedup_slowest:.2f}-{speed.speedup_fastest:.2f})",
+            f"{speed.bytes_needed / 1e6:.1f}",
+            f"{speed.bytes_read / 1e6:.1f}",
+            f"{100 * speed.bandwidth_share:.0f}",
+        ]
+        for speed in result.speeds
+    ]
+    spreads = ["tokens/s (spread)", "x dense (spread)"]
+    return ["level", "realised", *spreads, "MB needed", "MB read", "% of bandwidth"], rows
+
+
+def speed_rule(result: Benchmark) -> list[str]:
+    """What a benchmark was measured on, and that its products are right."""
+    d = result.details
+    return [
+        f"{d['model']}, {d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads, "
+        f"torch {d['torch']}; {d['repeats']} repeats of {d['new_tokens']} tokens after {d['prompt_tokens']}; medians",
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s, measured in the same run; {d['rule']}",
+        f"correct: products differ from the reference by at most {d['largest_relative_error']:.1e} of the largest "
+        f"output (allowed {d['tolerance']:.1e})",
+    ]
+
+
+def quality_section(result: Evaluation) -> str:
+    return "\n\n".join(["## Quality", markdown_table(*evaluation_table(result)), evaluation_rule(result) + "."])
 
 
 def speed_section(result: Benchmark) -> str:
-    """Decode speed, bytes and bandwidth."""
-    rows = [
-        [
-            "dense" if s.level == 0 else f"{s.level:g}", f"{s.sparsity:.3f}",
-            f"{s.tokens_per_second:.1f} ({s.slowest:.1f} to {s.fastest:.1f})",
-            f"{s.speedup:.2f} ({s.speedup_slowest:.2f} to {s.speedup_fastest:.2f})",
-            f"{s.bytes_needed / 1e6:.1f}", f"{s.bytes_read / 1e6:.1f}", f"{100 * s.bandwidth_share:.0f} %",
-        ]
-        for s in result.speeds
-    ]  # fmt: skip
-    columns = [
-        "level",
-        "realised",
-        "tokens/s (spread)",
-        "x dense (spread)",
-        "MB needed",
-        "MB read",
-        "of bandwidth",
-    ]
-    d = result.details
-    return "\n\n".join(
-        [
-            "## Decode speed",
-            markdown_table(columns, rows),
-            f"{d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads; medians of {d['repeats']} "
-            f"interleaved repeats; read bandwidth {result.bandwidth / 1e9:.1f} GB/s in the same run. "
-            f"Rule: {d['rule']}. "
-            "Layout `row_major` computes with zeroed inputs and reads every weight: right, but not faster.",
-        ]
-    )
+    note = "Layout `row_major` computes with zeroed inputs and reads every weight: right, but not faster."
+    rule = "; ".join(speed_rule(result))
+    return "\n\n".join(["## Decode speed", markdown_table(*speed_table(result)), rule + ".", note])
 
 
 def allocation_section(plan: SparsityPlan, level: float) -> str:

@@ -14,9 +14,7 @@ TEXT = "Zoë says: “naïve” — 漢字 🙂👍🏽, and so on."
 def sentencepiece_like():
     """Words that open with a space symbol, and bytes for everything else, as in Llama-2 and Mistral."""
     pieces = ["<s>", "</s>", "▁Hello", "▁world", "▁", ",", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend = Tokenizer(
-        models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True)
-    )
+    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

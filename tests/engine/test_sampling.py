@@ -66,9 +66,7 @@ def test_greedy_takes_the_best_and_remembers_what_was_said(prompt):
     logits = torch.full((3, VOCABULARY), -1.0)
     logits[:, 7], logits[:, 8] = 3.0, 2.0
     assert Sampler(SamplingConfig(), prompt, VOCABULARY)(logits).tolist() == [7, 7, 7]
-    sampler = Sampler(
-        SamplingConfig(repetition_penalty=2.0), torch.zeros(3, 1, dtype=torch.int64), VOCABULARY
-    )
+    sampler = Sampler(SamplingConfig(repetition_penalty=2.0), torch.zeros(3, 1, dtype=torch.int64), VOCABULARY)
     assert [sampler(logits)[0].item() for _ in range(3)] == [7, 8, 7]  # 3 and 2; 1.5 and 2; 1.5 and 1
 
 

@@ -63,37 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
     """Print a benchmark as a table, with what it was measured on below."""
-    rows = [
-        [
-            "dense" if speed.level == 0 else f"{speed.level:g}",
-            f"{speed.sparsity:.4f}",
-            f"{speed.tokens_per_second:.2f} ({speed.slowest:.2f}-{speed.fastest:.2f})",
-            f"{speed.speedup:.2f} ({speed.speedup_slowest:.2f}-{speed.speedup_fastest:.2f})",
-            f"{speed.bytes_needed / 1e6:.1f}",
-            f"{speed.bytes_read / 1e6:.1f}",
-            f"{100 * speed.bandwidth_share:.0f}",
-        ]
-        for speed in result.speeds
-    ]
-    columns = [
-        "level",
-        "realised",
-        "tokens/s (spread)",
-        "x dense (spread)",
-        "MB needed",
-        "MB read",
-        "% of bandwidth",
-    ]
-    common.print_table(arguments, columns, rows)
-    d = result.details
-    common.say(
-        arguments,
-        f"{d['model']}, {d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads, "
-        f"torch {d['torch']}; {d['repeats']} repeats of {d['new_tokens']} tokens after {d['prompt_tokens']}; medians",
-        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s, measured in the same run; {d['rule']}",
-        f"correct: products differ from the reference by at most {d['largest_relative_error']:.1e} of the largest "
-        f"output (allowed {d['tolerance']:.1e})",
-    )
+    from teal.report import speed_rule, speed_table
+
+    common.print_table(arguments, *speed_table(result))
+    common.say(arguments, *speed_rule(result))
 
 
 def _engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "SparsityPlan", list[int], str]:

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     messages = list(opening)
     turns: list[dict[str, object]] = []
-    print("/level S, /clear, /exit", file=sys.stderr)
+    print("/level S, /clear, /exit; Ctrl-C ends an answer", file=sys.stderr)
     while (line := _ask()) is not None:
         try:
             if line == "/clear":
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _ask() -> str | None:
     """The next line, None at the end of the chat."""
-    print("> ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
     try:
         line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")  # what is no UTF-8 fails as a prompt
     except KeyboardInterrupt:

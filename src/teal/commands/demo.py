@@ -13,6 +13,7 @@ from pathlib import Path
 from teal.commands import bench, common, evaluate
 from teal.errors import TealError
 
+OPERANDS = ""
 PROMPT = "The city of"
 
 
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         "# teal demo: the embedded model, dense and sparse",
         "Calibrated on the embedded calibration text, measured on the embedded evaluation text, both held out from "
         "the model's training. The model has 15 M parameters and is far more sensitive than a model of billions.",
-        report.evaluation_section(quality),
+        report.quality_section(quality),
         report.allocation_section(plans["blockwise"], 0.5),
         report.samples_section(samples),
         report.speed_section(speed),

@@ -14,6 +14,7 @@ from typing import Any
 
 from teal.commands import common
 
+OPERANDS = ""
 PACKAGES = ("teal-llm", "torch", "transformers", "tokenizers", "safetensors", "triton", "datasets")
 # What the CPU kernels of the field care about, as Linux names them.
 FEATURES = (

@@ -73,34 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace, result: "Evaluation") -> None:
     """Print an evaluation as a table, with the token rule below it."""
-    columns = ["plan", "level", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %"]
-    rows = [
-        [
-            "dense",
-            "0",
-            "0",
-            f"{result.dense_perplexity:.3f} ± {result.dense_perplexity_error:.3f}",
-            "",
-            "",
-            "",
-        ]
-    ]
-    rows += [
-        [
-            m.plan,
-            f"{m.level:g}",
-            f"{m.sparsity:.4f}",
-            f"{m.perplexity:.3f} ± {m.perplexity_error:.3f}",
-            f"{m.increase:+.2f} ± {m.increase_error:.2f}",
-            f"{m.kl:.4f} ± {m.kl_error:.4f}",
-            f"{100 * m.top1_agreement:.2f} ± {100 * m.top1_error:.2f}",
-        ]
-        for m in result.measurements
-    ]
-    common.print_table(arguments, columns, rows)
-    rule = result.rule
-    common.say(
-        arguments,
-        f"{rule['tokens_counted']} predictions in {rule['sequences']} sequences of {rule['sequence_length']} tokens, "
-        f"{rule['dtype']}; sparse: {rule['sparse']}; ± is one standard error over sequences, of the increase paired",
-    )
+    from teal.report import evaluation_rule, evaluation_table
+
+    common.print_table(arguments, *evaluation_table(result))
+    common.say(arguments, evaluation_rule(result))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.commands import common
-from teal.errors import UnsupportedModelError, UsageError
+from teal.errors import TealError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
+    from teal.engine.generate import Generation
     from teal.engine.model import DecoderModel
     from teal.engine.sampling import SamplingConfig
     from teal.plan import SparsityPlan
@@ -23,7 +24,7 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
     parser.add_argument("--dense", action="store_true", help="no sparsity; needs no plan")
     parser.add_argument(
         "--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N",
-        help=f"(default: {max_new_tokens})",
+        help=f"at most, and as the context has room (default: {max_new_tokens})",
     )  # fmt: skip
     parser.add_argument(
         "--context", type=common.positive, metavar="N",
@@ -37,7 +38,9 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
     parser.add_argument("--min-p", type=float, help="drop tokens less likely than this share of the likeliest")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 discourages repetition")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end before any of these strings")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)"
+    )
     common.add_dtype(parser)
     common.add_device(parser)
 
@@ -60,6 +63,8 @@ class TextModel:
         from teal.checkpoint import load_tokenizer, resolve_model
         from teal.sparsify import default_level
 
+        if arguments.dense and (arguments.plan is not None or arguments.level is not None):
+            raise UsageError("--dense is without sparsity: leave out --plan and --level, or --dense")
         self.plan = None if arguments.dense else common.load_plan(arguments)
         directory = resolve_model(arguments.model)
         common.check_device(arguments.device)
@@ -70,7 +75,7 @@ class TextModel:
             self.level = default_level(self.plan) if arguments.level is None else arguments.level
         self.engine: DecoderModel | None = None
         self.model: Any = None
-        self.context = 0  # of `model`; the engine knows its own
+        self.context = 0
         self._load(arguments, directory, self.plan)
 
     def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
@@ -82,30 +87,38 @@ class TextModel:
             self.engine = load_engine(
                 directory, dtype, arguments.device, plan, self.level, arguments.context, strict=arguments.strict
             )
+            self.context = self.engine.context
         except UnsupportedModelError as reason:
             warnings.warn(f"decoding through transformers: {reason}", stacklevel=2)
             self.model = common.load_model(directory, dtype, arguments.device)
             most = common.context_length(self.model.config)
             if arguments.context is not None and arguments.context > most:
-                raise UsageError(f"context must be between 1 and the model's {most}, got {arguments.context}") from None
+                raise TealError(f"context must be between 1 and the model's {most}, got {arguments.context}") from None
             self.context = arguments.context or min(most, DEFAULT_CONTEXT)
             if plan is not None:
                 sparsify(self.model, plan, self.level, strict=arguments.strict)
 
     def stream(self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> TextStream:
-        """Generate after a prompt; the statistics fill in when the text has ended."""
-        statistics: dict[str, Any] = {"level": self.level, "prompt_tokens": len(prompt_ids)}
-        if self.engine is not None:
-            return TextStream(self._engine_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
-        return TextStream(self._transformers_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
+        """Generate after a prompt, as far as the context goes; the statistics fill in when the text has ended.
 
-    def _engine_pieces(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], statistics: dict[str, Any]
-    ) -> Iterator[str]:
+        Raises TealError for a prompt that fills the context.
+        """
         from teal.engine.generate import stream
 
-        assert self.engine is not None
+        room = self.context - len(prompt_ids)
+        if room < 1:
+            raise TealError(
+                f"the prompt of {len(prompt_ids)} tokens leaves no room in a context of {self.context}; shorten it, or "
+                "pass a larger --context if the model has one"
+            )
+        max_new_tokens = min(max_new_tokens, room)
+        statistics: dict[str, Any] = {"level": self.level, "prompt_tokens": len(prompt_ids)}
+        if self.engine is None:
+            return TextStream(self._transformers_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
         generation = stream(self.engine, self.tokenizer, prompt_ids, max_new_tokens, self.sampling, stop)
+        return TextStream(self._engine_pieces(generation, statistics), statistics)
+
+    def _engine_pieces(self, generation: "Generation", statistics: dict[str, Any]) -> Iterator[str]:
         yield from generation
         result = generation.result
         statistics |= {
@@ -119,12 +132,10 @@ class TextModel:
         import torch
 
         from teal.data import check_tokens
-        from teal.engine.cache import check_holds
 
         sampling = self.sampling
         ids = torch.tensor([list(prompt_ids)], device=self.model.device)
         check_tokens(ids, self.model)
-        check_holds(self.context, len(prompt_ids), max_new_tokens)
         torch.manual_seed(sampling.seed)
         options: dict[str, Any] = {"do_sample": sampling.temperature > 0, "max_new_tokens": max_new_tokens}
         if sampling.temperature > 0:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from teal.commands import common
 
+OPERANDS = "DIR --model CONFIG "
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds histograms/ and, for greedy, lookup/")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from teal.structure import ModelIdentity
 
 
+OPERANDS = "[PATH] "
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="PATH", help="an artifact, a model directory or hub name")
     parser.add_argument("--level", type=common.level, help="the sparsity to show (default: 0.5)")
