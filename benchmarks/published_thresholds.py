@@ -81,7 +81,7 @@ def uniform_table(directory: Path, plan: SparsityPlan, blocks: list[int], levels
                     print(f"| {block} | {name} | {level:.0%} | {ours:.6g} | {rule:.6g} | {dropped:.4f} |")
     _, dropped, level, block, name = max(gaps)
     print(f"\nFurthest from its level: {name} of block {block}, {dropped:.4f} at {level:.0%}.")
-    return largest
+    return float(largest)
 
 
 def greedy_table(directory: Path, plan: SparsityPlan, blocks: list[int], levels: list[float]) -> float:
@@ -104,7 +104,7 @@ def greedy_table(directory: Path, plan: SparsityPlan, blocks: list[int], levels:
                         f"| {block} | {name} | {level:.0%} | {row[name]:.4f} | {ours:.6g} | {rule:.6g} "
                         f"| {raw.dropped(rule):.4f} |"
                     )
-    return largest
+    return float(largest)
 
 
 def main() -> None:

@@ -210,12 +210,9 @@ def generate(model: Any, ids: Tensor, tokens: int = 12, **options: Any) -> Tenso
 
 
 def shared_data(*parts: str) -> Path:
-    """A path in the optional test data: $TEAL_TEST_DATA, by default `shared` beside the repository.
-
-    Skips the test if it is absent.
-    """
-    default = Path(__file__).resolve().parents[2] / "shared"
-    path = Path(os.environ.get("TEAL_TEST_DATA", default)).joinpath(*parts)
-    if not path.exists():
+    """A path in the optional test data, the directory $TEAL_TEST_DATA. Skips the test if it is absent."""
+    directory = os.environ.get("TEAL_TEST_DATA")
+    path = Path(directory or "").joinpath(*parts)
+    if directory is None or not path.exists():
         pytest.skip(f"test data {'/'.join(parts)} is absent; set TEAL_TEST_DATA to its directory")
     return path

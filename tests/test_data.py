@@ -171,7 +171,7 @@ class TestRefusedSources:
             list(read_documents(write(tmp_path / name, content)))
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="nowhere.txt does not exist; name a text file"):
+        with pytest.raises(UsageError, match=r"nowhere\.txt does not exist; name a text file"):
             list(read_documents(tmp_path / "nowhere.txt"))
 
     def test_directory_without_text(self, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.blockwalk import BlockSource, Spool, open_blocks, run_block
+from teal.blockwalk import BlockSource, Spool, open_blocks, replace_forward, run_block
 from teal.calibration import check_finite
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
@@ -108,6 +109,13 @@ def _blockwise(
 ) -> tuple[list[list[dict[str, float]]], list[dict[str, list[float]]]]:
     """Sparsities [block][level][projection], and the block errors of greedy and uniform at each level."""
     statistics.identity.check_fits(source.identity, "the statistics")
+    if ids.shape[1] <= statistics.dense_tokens:
+        raise UsageError(
+            f"blocks of {ids.shape[1]} tokens hold no sparse token after {statistics.dense_tokens} dense ones; "
+            "give longer blocks"
+        )
+    if max(levels) > greedy.maximum:
+        raise UsageError(f"no projection can pass {greedy.maximum}; level {max(levels)} cannot be reached")
     hidden, arguments = source.first_inputs(ids)
     job = {
         "stage": "blockwise", "model": source.identity.weights, "tokens": hash_tokens(ids), "levels": list(levels),
@@ -167,6 +175,7 @@ class BlockError:
         self.arguments = arguments
         self.outputs = run_block(block, hidden, arguments)
         self.sparsity: dict[str, float] = {}
+        self._replaced = ExitStack()
 
     def __call__(self, sparsity: dict[str, float]) -> float:
         self.sparsity = sparsity
@@ -176,15 +185,16 @@ class BlockError:
     def __enter__(self) -> "BlockError":
         for projection in self.projections:
             module = self.block.get_submodule(projection.name)
-            module.forward = self._remember(self._dropping(module, projection), self._upstream(projection, False))
+            forward = self._remember(self._dropping(module, projection), self._upstream(projection, False))
+            self._replaced.enter_context(replace_forward(module, forward))
         output = next(p for p in self.projections if p.input == "attention_output")
         attention = self.block.get_submodule(output.name.rpartition(".")[0])
-        attention.forward = self._remember(attention.forward, self._upstream(output, True))
+        forward = self._remember(attention.forward, self._upstream(output, True))
+        self._replaced.enter_context(replace_forward(attention, forward))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for module in self.block.modules():
-            module.__dict__.pop("forward", None)
+        self._replaced.close()
 
     def _upstream(self, projection: Projection, siblings: bool) -> list[str]:
         """The projections that the output of `projection` depends on, with itself (and those beside it)."""

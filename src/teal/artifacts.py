@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise TealError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TealError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise TealError(f"{path} is not valid JSON ({error}); it is damaged or not a file of ours") from error
     if not isinstance(payload, dict):
         raise TealError(f"{path} holds no JSON object; it is not a file of ours")

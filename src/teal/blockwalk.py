@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from teal.artifacts import check_header, read_tensors, write_tensors
 from teal.checkpoint import Checkpoint, load_config, load_model, structure_from_config
 from teal.data import check_tokens
-from teal.errors import TealError
+from teal.errors import TealError, UsageError
 from teal.structure import FINGERPRINT_ROWS, ModelIdentity, ModelStructure, fingerprint, identify
 
 
@@ -20,6 +20,7 @@ class BlockSource:
     """The blocks of a model that is in memory. `model`, its `structure` and its `identity`."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_evaluation_mode(model)
         self.model = model
         self.structure = ModelStructure.of(model)
         self.identity = self._identify()
@@ -54,8 +55,11 @@ class StreamedBlocks(BlockSource):
 
     def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = Checkpoint(directory)
-        self.dtype = dtype
-        super().__init__(_skeleton(directory, self.checkpoint, dtype))
+        self.dtype = dtype or load_config(directory).get_text_config().dtype
+        super().__init__(_skeleton(directory, self.checkpoint, self.dtype))
+        beyond = f"{self.structure.path}.{len(self.structure.blocks)}."
+        if any(name.startswith(beyond) for name in self.checkpoint.names()):
+            raise TealError(f"{directory} holds more blocks than the {len(self.structure.blocks)} of its config.json")
 
     def _identify(self) -> ModelIdentity:
         return ModelIdentity.of(
@@ -150,7 +154,7 @@ class Spool:
 def discard_spool(directory: Path) -> None:
     """Delete a spool directory, if it exists."""
     if directory.is_dir():
-        for pattern in ("*.safetensors", ".*.tmp"):
+        for pattern in ("*.safetensors", ".*"):  # hidden: what a killed process was writing
             for file in directory.glob(pattern):
                 file.unlink()
         with suppress(OSError):  # it holds something that is not ours
@@ -204,6 +208,25 @@ def _assign(module: nn.Module, weights: dict[str, Tensor], what: object, strict:
 
 
 @contextmanager
+def replace_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Within the context `module` computes `forward`; what was set on the instance before comes back."""
+    before = module.__dict__.get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def check_evaluation_mode(model: nn.Module) -> None:
+    """Raise UsageError for a model in training mode: dropout would be measured too."""
+    if model.training:
+        raise UsageError("the model is in training mode; call model.eval() first")
+
+
+@contextmanager
 def _recording(blocks: Sequence[nn.Module], hidden: list[Tensor], arguments: list[dict[str, Any]]) -> Iterator[None]:
     """Within the context the blocks compute nothing: they note what they are called with and pass it on."""
 
@@ -216,10 +239,7 @@ def _recording(blocks: Sequence[nn.Module], hidden: list[Tensor], arguments: lis
 
         return forward
 
-    try:
+    with ExitStack() as replaced:
         for index, block in enumerate(blocks):
-            block.forward = recorder(index)
+            replaced.enter_context(replace_forward(block, recorder(index)))
         yield
-    finally:
-        for block in blocks:
-            del block.forward

@@ -14,6 +14,7 @@ from teal.structure import ModelStructure
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"
+COMPUTED = ".rotary_emb.inv_freq"  # stored by old checkpoints, computed from the config since
 
 
 def resolve_model(model: str | Path | None) -> Path:
@@ -52,7 +53,8 @@ class Checkpoint:
         self._file_of: dict[str, Path] = {}
         for file in self._files():
             for name in self._open(file).keys():  # noqa: SIM118
-                self._file_of[name] = file
+                if not name.endswith(COMPUTED):
+                    self._file_of[name] = file
 
     def _files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -65,7 +67,8 @@ class Checkpoint:
             if missing:
                 raise TealError(f"{index} names {', '.join(missing)}, which is missing; download the checkpoint again")
             return [self.directory / name for name in names]
-        files = sorted(self.directory.glob("*.safetensors"))
+        whole = self.directory / "model.safetensors"
+        files = [whole] if whole.is_file() else sorted(self.directory.glob("*.safetensors"))
         if files:
             return files
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(pattern))
@@ -154,11 +157,12 @@ def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises TealError if it has none."""
     from transformers import AutoTokenizer
 
+    load_config(directory)  # its errors first: the tokenizer needs it
     if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in directory.glob(pattern)):
         raise TealError(f"{directory} has no usable tokenizer: there is no tokenizer file")
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones
         reason = str(error).strip().split("\n")[0]
         raise TealError(f"{directory} has no usable tokenizer: {reason}") from error
 
@@ -174,11 +178,16 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = 
     Checkpoint(directory)  # clear errors for missing, pickled or damaged weights
     load_config(directory)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise TealError(f"{directory} could not be loaded: {reason}") from error
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise TealError(f"{directory}: tensor {name} has shape {list(stored)}, its config.json asks for {list(wanted)}")
     if missing := sorted(report["missing_keys"]):
         raise TealError(f"{directory} lacks {len(missing)} weights of its config.json, e.g. {missing[0]}")
     return model.to(device).eval()

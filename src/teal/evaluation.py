@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.artifacts import check_header, check_keys
+from teal.blockwalk import check_evaluation_mode
 from teal.calibration import DENSE_TOKENS
 from teal.data import TokenBlocks, check_tokens
 from teal.errors import TealError, UsageError
@@ -113,6 +114,7 @@ def evaluate(
     `model` is a transformers model; it is made sparse in place and left at its former level, or dense.
     Raises TealError for plans that do not fit, UsageError for a token rule that leaves nothing to count.
     """
+    check_evaluation_mode(model)
     ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
     check_tokens(ids, model)

@@ -33,6 +33,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("sparse_bias", None, persistent=False)
         self.dense_tokens = -1
         self.observer: Callable[[Tensor], None] | None = None  # called with the inputs of sparse tokens
+        self.always_dense = False  # decode through the dense product, to measure against it
         self._set_weight(weight if isinstance(weight, PackedWeight) else pack(weight.detach()))
         self.threshold = self.threshold.to(self.weight.device)
 
@@ -74,6 +75,8 @@ class SparseLinear(nn.Module):
         """x [B, K], one sparse token for each of B sequences -> [B, N]."""
         if self.observer is not None:
             self.observer(x)
+        if self.always_dense:
+            return self.packed.dense_gemm(x, self.bias)
         bias = self.bias
         if self.sparse_bias is not None:
             bias = self.sparse_bias if bias is None else bias + self.sparse_bias
@@ -145,6 +148,19 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
     if not layers:
         raise TealError("the model has no sparse projections; call teal.sparsify(model, plan) first")
     return layers
+
+
+@contextmanager
+def always_dense(model: nn.Module) -> Iterator[None]:
+    """Within the context, decode runs through the layouts' dense products: the baseline that sparsity must beat."""
+    layers = sparse_layers(model).values()
+    try:
+        for layer in layers:
+            layer.always_dense = True
+        yield
+    finally:
+        for layer in layers:
+            layer.always_dense = False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def level_grid(maximum: float = 0.9, step: float = 0.05) -> tuple[float, ...]:
 
 def check_level(level: float) -> float:
     """A sparsity in [0, 1). Raises TealError otherwise."""
-    if not (isinstance(level, (int, float)) and 0 <= level < 1):
+    if not (isinstance(level, Real) and 0 <= level < 1):
         raise TealError(f"sparsity must be at least 0 and below 1, got {level}; 0.5 means half")
     return float(level)
 
@@ -76,10 +77,10 @@ class SparsityPlan:
     def settings(self, level: float) -> list[dict[str, Setting]]:
         """The setting of every projection of every block at `level`, interpolated between grid points.
 
-        Level 0 is dense even where the grid starts higher. Raises TealError for other levels outside the grid.
+        Level 0 is dense in every plan. Raises TealError for other levels outside the grid.
         """
         lowest, highest = self.levels[0], self.levels[-1]
-        if check_level(level) == 0 < lowest:
+        if check_level(level) == 0:
             return [{name: _dense(plan) for name, plan in block.items()} for block in self.blocks]
         if not lowest - 1e-9 <= level <= highest + 1e-9:
             raise TealError(f"the plan covers sparsity {lowest} to {highest}, got {level}; allocate with other levels")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from teal.artifacts import check_keys
 from teal.errors import TealError
 
 INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_intermediate")
@@ -154,7 +155,13 @@ class ModelIdentity:
 
     @classmethod
     def from_json(cls, payload: Any, where: object) -> "ModelIdentity":
+        what = f"{where}, its model"
         try:
+            if not isinstance(payload, dict):
+                raise TypeError("no object")
+            check_keys(payload, ("model_type", "shapes", "weights"), what)
+            for run in payload["shapes"]:
+                check_keys(run, ("blocks", "projections"), what)
             shapes = tuple(
                 {str(name): (int(n), int(k)) for name, (n, k) in run["projections"].items()}
                 for run in payload["shapes"]

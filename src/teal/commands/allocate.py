@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=common.positive, default=2048, help="tokens that greedy measures on (default: 2048)"
     )
     parser.add_argument("--length", type=common.positive, help="tokens in a block of text (default: 512)")
-    parser.add_argument("--seed", type=int, default=0, help="which blocks of the text are taken")
+    parser.add_argument("--seed", type=common.seed, default=0, help="which blocks of the text are taken")
     parser.add_argument(
         "--step", type=float, default=0.005, help="share of a block's weights per greedy step (default: 0.005)"
     )
@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     directory = resolve_model(arguments.model)
     path = arguments.statistics or common.work_directory(arguments.model) / "statistics.safetensors"
     if arguments.statistics is None and not path.exists():
-        raise TealError(f"no statistics at {path}; run `teal calibrate {arguments.model or ''}` first")
+        calibrate = common.command_for("calibrate", arguments.model)
+        raise TealError(f"no statistics at {path}; run {calibrate} first, or name them with --statistics")
     statistics = ActivationStatistics.load(path)
     source = open_blocks(directory, common.dtype_of(arguments))
     statistics.identity.check_fits(source.identity, "the statistics")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--length", type=common.positive, help="tokens in a block (default: the context, at most 2048)")
     parser.add_argument("--dense-tokens", type=common.natural, help="positions of each block not counted (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="which blocks of the text are taken")
+    parser.add_argument("--seed", type=common.seed, default=0, help="which blocks of the text are taken")
     parser.add_argument("--merge", nargs="+", metavar="FILE", help="add earlier statistics of this model to the result")
     common.add_dtype(parser)
     common.add_json(parser)

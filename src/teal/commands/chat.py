@@ -53,6 +53,7 @@ def _ask() -> str | None:
     try:
         line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")  # what is no UTF-8 fails as a prompt
     except KeyboardInterrupt:
+        print(file=sys.stderr)
         line = ""
     return None if not line or line.strip() == "/exit" else line.strip()
 

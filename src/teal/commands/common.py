@@ -102,6 +102,14 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A seed on the command line."""
+    value = natural(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed must be below 2**63, got {text}")
+    return value
+
+
 def work_directory(model: str | None) -> Path:
     """Where a model's artifacts go unless told otherwise: ./teal-NAME."""
     return Path(f"teal-{os.path.basename(os.path.abspath(model)) if model else 'embedded'}")
@@ -139,7 +147,17 @@ def check_device(device: str) -> str:
         raise UsageError(f"unknown device {device!r}; use cpu or cuda") from None
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise TealError("no CUDA device is available here; use --device cpu (teal doctor says more)")
+    try:
+        torch.empty(0, device=kind)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise TealError(f"there is no device {device} here ({reason}); use --device cpu") from None
     return device
+
+
+def command_for(verb: str, model: str | None) -> str:
+    """What to type to run a verb on a model."""
+    return f"`teal {verb} {model}`" if model else f"`teal {verb}`"
 
 
 def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
@@ -148,10 +166,8 @@ def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
 
     path = arguments.plan or work_directory(arguments.model) / "plan.json"
     if arguments.plan is None and not path.exists():
-        name = arguments.model or ""
-        raise TealError(
-            f"no plan at {path}; run `teal calibrate {name}` and `teal allocate {name}` first, or name one with --plan"
-        )
+        calibrate, allocate = (command_for(verb, arguments.model) for verb in ("calibrate", "allocate"))
+        raise TealError(f"no plan at {path}; run {calibrate} and {allocate} first, or name one with --plan")
     return SparsityPlan.load(path)
 
 

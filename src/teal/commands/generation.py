@@ -12,6 +12,8 @@ from teal.commands import common
 from teal.errors import TealError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from teal.engine.generate import Generation
     from teal.engine.model import DecoderModel
     from teal.engine.sampling import SamplingConfig
@@ -80,7 +82,7 @@ class TextModel:
 
     def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
         from teal.engine.load import DEFAULT_CONTEXT, load_engine
-        from teal.sparsify import sparsify
+        from teal.sparsify import set_sparsity, sparsify
 
         dtype = common.dtype_of(arguments)
         try:
@@ -95,6 +97,8 @@ class TextModel:
             if arguments.context is not None and arguments.context > most:
                 raise TealError(f"context must be between 1 and the model's {most}, got {arguments.context}") from None
             self.context = arguments.context or min(most, DEFAULT_CONTEXT)
+            if plan is None and getattr(self.model, "sparsity_plan", None) is not None:
+                set_sparsity(self.model, 0.0)  # the checkpoint brings a plan of its own; --dense means dense
             if plan is not None:
                 sparsify(self.model, plan, self.level, strict=arguments.strict)
 
@@ -130,6 +134,7 @@ class TextModel:
         self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], statistics: dict[str, Any]
     ) -> Iterator[str]:
         import torch
+        from transformers import StoppingCriteriaList
 
         from teal.data import check_tokens
 
@@ -142,38 +147,57 @@ class TextModel:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "min_p": sampling.min_p}
             options |= {"top_k": sampling.top_k or 0}
         options |= {"repetition_penalty": sampling.repetition_penalty}
-        if stop:
-            options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        clock = _Clock()
-        output = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+        reader = _Reader(self.tokenizer, prompt_ids, stop)
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), stopping_criteria=StoppingCriteriaList([reader]), **options
+        )
         tokens = output[0, len(prompt_ids) :]
-        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        for string in stop:
-            text = text.partition(string)[0]
+        ended = reader.stopped or tokens[-1].item() in _end_tokens(self.model)
         statistics |= {
-            "engine": "transformers", "text": text, "new_tokens": len(tokens),
-            "finish_reason": "length" if len(tokens) == max_new_tokens else "stop",
-            "decode_tokens_per_second": round(clock.decode_tokens_per_second(), 2),
+            "engine": "transformers", "text": reader.text(), "new_tokens": len(tokens),
+            "finish_reason": "stop" if ended else "length",
+            "decode_tokens_per_second": round(reader.decode_tokens_per_second(), 2),
         }  # fmt: skip
-        yield text
+        yield statistics["text"]
 
 
-class _Clock:
-    """A transformers streamer that only notes when the prompt and each new token came."""
+class _Reader:
+    """A transformers stopping criterion that turns tokens into text as the engine does, and keeps the time."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        from teal.engine.text import Detokenizer, StopStrings
 
-    def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
+        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stop)
+        self._pieces: list[str] = []
+        self._times: list[float] = []
+        self.stopped = False
 
-    def end(self) -> None:
-        pass
+    def __call__(self, input_ids: "torch.Tensor", scores: object, **_: object) -> "torch.Tensor":
+        self._times.append(time.perf_counter())
+        self._take(self._detokenizer.feed(int(input_ids[0, -1])))
+        return input_ids.new_full((len(input_ids),), self.stopped).bool()
+
+    def text(self) -> str:
+        """All of it, without the stop string."""
+        if not self.stopped:
+            self._take(self._detokenizer.flush())
+        if not self.stopped:
+            self._pieces.append(self._stops.flush())
+        return "".join(self._pieces)
 
     def decode_tokens_per_second(self) -> float:
         """Without prefill, which gives the first token."""
-        _, first, *others = self.times
+        first, *others = self._times
         return len(others) / (others[-1] - first) if others else 0.0
+
+    def _take(self, text: str) -> None:
+        given, self.stopped = self._stops.feed(text)
+        self._pieces.append(given)
+
+
+def _end_tokens(model: Any) -> tuple[int, ...]:
+    ends = model.generation_config.eos_token_id
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":

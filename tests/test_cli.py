@@ -1,0 +1,848 @@
+"""The command line from end to end, and one clear line for everything that can be wrong with its input."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import save_tiny
+from safetensors.torch import load_file, save_file
+
+from teal import cli
+from teal.plan import SparsityPlan
+from teal.statistics import ActivationStatistics
+
+LEVELS = (0.0, 0.25, 0.5, 0.75)
+STATISTICS, PLAN = Path("teal-model/statistics.safetensors"), Path("teal-model/plan.json")
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20  # 900 tokens
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """Our lines on standard error, warnings apart."""
+        lines = [line for line in self.err.splitlines() if line.startswith("teal: ")]
+        return [line for line in lines if not line.startswith("teal: warning: ")]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("teal: warning: ")]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command line sets it; other tests must not see that
+
+
+@pytest.fixture
+def teal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = cli.main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refuses(teal: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Run what must fail: with exit code 1 or 2, one line that says why, and nothing on disk changed."""
+
+    def run(*arguments: object, says: str, code: int = 1, stdin: bytes = b"", changes: bool = False) -> Outcome:
+        before = snapshot()
+        outcome = teal(*arguments, stdin=stdin)
+        assert len(outcome.complaints) == 1, outcome.err
+        assert says in outcome.complaints[0]
+        assert outcome.err.endswith(f"{outcome.complaints[0]}\n"), "nothing follows the error"
+        assert outcome.code == code
+        assert "Traceback" not in outcome.err + outcome.out
+        assert changes or snapshot() == before
+        return outcome
+
+    return run
+
+
+def snapshot() -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and the statistics and the plan that the command line makes of them."""
+    place = tmp_path_factory.mktemp("prepared")
+    save_tiny(place / "model")
+    save_tiny(place / "other", seed=1)  # other weights
+    save_tiny(place / "wider", intermediate_size=64)  # other shapes
+    (place / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRANSFORMERS_VERBOSITY", "error")
+        patched.chdir(place)
+        for name in ("model", "wider"):
+            assert cli.main(["calibrate", name, "--text", "text.txt", "--tokens", "256"]) == 0
+            assert cli.main(["allocate", name, "--method", "uniform", "--levels", *map(str, LEVELS)]) == 0
+    return place
+
+
+@pytest.fixture
+def home(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `prepared` to damage, as the working directory."""
+    place = Path(shutil.copytree(prepared, tmp_path / "home"))
+    monkeypatch.chdir(place)
+    return place
+
+
+def rewrite(path: Path, edit: Callable[[Any], object]) -> None:
+    """Edit a JSON file in place; NaN may be put in."""
+    payload = json.loads(path.read_text())
+    edit(payload)
+    path.write_text(json.dumps(payload))
+
+
+def edit_weights(edit: Callable[[dict[str, torch.Tensor]], object], file: str = "model/model.safetensors") -> None:
+    tensors = load_file(file)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+class TestUsage:
+    @pytest.mark.parametrize("verb", cli.VERBS)
+    def test_help_shows_an_example(self, verb: str, teal: Callable[..., Outcome]) -> None:
+        outcome = teal(verb, "--help")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert f"\n  teal {verb}" in outcome.out or f"| teal {verb}" in outcome.out
+        assert max(map(len, outcome.out.splitlines())) <= 120
+
+    def test_help_lists_the_verbs(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal("--help")
+        assert outcome.code == 0
+        assert all(f"    {verb}" in outcome.out for verb in cli.VERBS)
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ([], "see teal --help"),
+            (["calibrat"], "invalid choice: 'calibrat'"),
+            (["--level", "0.5"], "see teal --help"),
+            (["calibrate", "--bogus"], "unknown arguments: --bogus; see teal calibrate --help"),
+            (["calibrate", "--dense"], "unknown arguments: --dense; see teal calibrate --help"),  # no abbreviations
+            (["generate", "model", "another"], "unknown arguments: another; see teal generate --help"),
+            (["allocate", "--method", "best"], "invalid choice: 'best'"),
+            (["calibrate", "--tokens", "0"], "expected a whole number from 1, got '0'"),
+            (["calibrate", "--tokens", "many"], "expected a whole number from 1, got 'many'"),
+            (["calibrate", "--dense-tokens", "-1"], "--dense-tokens"),
+            (["generate", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+            (["import-published", "directory"], "the following arguments are required: --model"),
+        ],
+    )
+    def test_wrong_usage(self, arguments: list[str], says: str, refuses: Callable[..., Outcome]) -> None:
+        refuses(*arguments, says=says, code=2)
+
+    @pytest.mark.parametrize(
+        "arguments", [["generate", "--level"], ["inspect", "--level"], ["evaluate", "--levels"], ["bench", "--levels"]]
+    )
+    @pytest.mark.parametrize("level", ["1", "50", "-0.1", "nan", "half"])
+    def test_sparsity_outside_its_range(
+        self, arguments: list[str], level: str, refuses: Callable[..., Outcome]
+    ) -> None:
+        says = {"half": "'half' is no number", "-0.1": "-0.1"}.get(level, "must be at least 0 and below 1")
+        refuses(*arguments, level, says=says, code=2)
+
+    def test_as_a_process(self, home: Path) -> None:
+        command = [sys.executable, "-m", "teal", "inspect", str(PLAN), "--json", "-"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["method"] == "uniform"
+        done = subprocess.run([*command[:3], "inspect", "--level", "2"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("teal: argument --level: sparsity must be")
+
+    def test_a_reader_that_goes_away(self, home: Path) -> None:
+        command = f"set -o pipefail; {sys.executable} -m teal inspect {PLAN} | true"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.usefixtures("home")
+class TestPipeline:
+    """What `prepared` began goes on, each verb for people and as pure JSON."""
+
+    def test_calibrate_and_allocate(self, teal: Callable[..., Outcome]) -> None:
+        statistics, plan = ActivationStatistics.load(STATISTICS), SparsityPlan.load(PLAN)
+        assert statistics.details["text"] == ["text.txt"]
+        assert statistics.blocks[0]["attention_input"].tokens == 4 * (64 - 8)  # blocks as long as the context
+        assert (plan.method, plan.levels) == ("uniform", LEVELS)
+        assert not list(Path("teal-model").glob("*.partial"))
+        result = teal("calibrate", "model", "--text", "text.txt", "--tokens", 100, "--output", "s", "--json", "-")
+        assert result.code == 0
+        assert json.loads(result.out)["tokens"] == 2 * (64 - 8)
+        result = teal("allocate", "model", "--statistics", "s", "--method", "uniform", "--output", "p", "--json", "-")
+        assert json.loads(result.out)["levels"][-1] == 0.9
+        assert "uniform plan for 2 blocks, levels 0 to 0.9 -> p" in result.err
+
+    def test_a_short_calibration_has_short_blocks(self, teal: Callable[..., Outcome]) -> None:
+        result = teal("calibrate", "model", "--text", "text.txt", "--tokens", 30, "--output", "s", "--json", "-")
+        assert json.loads(result.out)["text"]["block_length"] == 30
+
+    def test_allocate_blockwise(self, teal: Callable[..., Outcome]) -> None:
+        options = ["--text", "text.txt", "--tokens", "128", "--step", "0.05", "--levels", "0.5", "0", "0.25", "0.5"]
+        assert teal("allocate", "model", *options, "--output", "greedy.json").code == 0
+        plan = SparsityPlan.load("greedy.json")
+        assert (plan.method, plan.levels) == ("blockwise", (0.0, 0.25, 0.5))
+        assert plan.expected_sparsity(0.5) == pytest.approx(0.5)
+
+    def test_merged_statistics(self, teal: Callable[..., Outcome]) -> None:
+        options = ["--text", "text.txt", "--tokens", "128", "--seed", "3", "--output", "both", "--merge", STATISTICS]
+        assert teal("calibrate", "model", *options).code == 0
+        merged = ActivationStatistics.load("both")
+        assert merged.blocks[1]["mlp_input"].tokens == 6 * (64 - 8)
+        assert len(merged.details["merged"]) == 2
+
+    @pytest.mark.parametrize(
+        ("path", "shown", "kind"),
+        [
+            (PLAN, "uniform, levels 0 to 0.75", "plan"),
+            (STATISTICS, "threshold for a sparsity of 0.5", "statistics"),
+            ("model", "2 blocks", "model"),
+        ],
+    )
+    def test_inspect(self, path: Path, shown: str, kind: str, teal: Callable[..., Outcome]) -> None:
+        result = teal("inspect", path)
+        assert (result.code, result.err) == (0, "")
+        assert shown in result.out
+        assert "q_proj" in result.out or "attention_input" in result.out
+        result = teal("inspect", path, "--json", "-")
+        assert json.loads(result.out)["kind"] == kind
+        assert shown in result.err
+
+    def test_inspect_names_projections_in_order(self, teal: Callable[..., Outcome]) -> None:
+        (head,) = [line for line in teal("inspect", PLAN).out.splitlines() if line.startswith("block")]
+        assert head.split() == ["block", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+    @pytest.mark.parametrize("level", ["0.3", "0.75"])
+    def test_inspect_at_a_level(self, level: str, teal: Callable[..., Outcome]) -> None:
+        assert f"level {level}" in teal("inspect", PLAN, "--level", level).out
+
+    def test_evaluate_and_inspect_its_result(self, teal: Callable[..., Outcome]) -> None:
+        arguments = ["evaluate", "model", "--text", "text.txt", "--tokens", "128", "--length", "64"]
+        result = teal(*arguments, "--levels", "0", "0.5", "0.5", "--json", "e.json")
+        assert result.code == 0
+        payload = json.loads(Path("e.json").read_text())
+        assert [m["level"] for m in payload["measurements"]] == [0, 0.5]
+        assert payload["rule"]["sequences"] == 2
+        assert teal("inspect", "e.json").out == result.out
+        assert json.loads(teal(*arguments, "--json", "-").out)["format"] == "teal.evaluation"
+
+    def test_evaluate_several_plans_of_one_name(self, teal: Callable[..., Outcome]) -> None:
+        shutil.copytree("teal-model", "copy")
+        options = ["--text", "text.txt", "--tokens", "64", "--levels", "0.5", "--json", "-"]
+        result = teal("evaluate", "model", "--plan", PLAN, "copy/plan.json", *options)
+        assert [m["plan"] for m in json.loads(result.out)["measurements"]] == [str(PLAN), "copy/plan.json"]
+
+    @pytest.mark.parametrize("options", [[], ["--level", "0.25"], ["--dense"]])
+    def test_generate(self, options: list[str], teal: Callable[..., Outcome]) -> None:
+        arguments = ["generate", "model", "--prompt", "The quick", "--max-new-tokens", "12", *options]
+        result = teal(*arguments)
+        assert result.code == 0
+        assert result.out.startswith("The quick")
+        level = 0.0 if "--dense" in options else float(options[1]) if options else 0.5
+        assert (f"sparsity {level:g}" if level else "dense") in result.err
+        payload = json.loads(teal(*arguments, "--json", "-").out)
+        assert payload["prompt"] + payload["text"] == result.out.rstrip("\n")
+        assert (payload["level"], payload["engine"]) == (level, "teal")
+        assert (
+            json.loads(teal(*arguments[:2], *arguments[4:], "--json", "-", stdin=b"The quick\n").out)["text"]
+            == (payload["text"])
+        )
+
+    def test_generate_samples_by_seed(self, teal: Callable[..., Outcome]) -> None:
+        def text(seed: int) -> str:
+            options = ["--temperature", "1", "--top-p", "0.9", "--top-k", "50", "--seed", str(seed), "--json", "-"]
+            return json.loads(teal("generate", "model", "--prompt", "The", *options).out)["text"]
+
+        assert text(1) == text(1) != text(2)
+
+    def test_chat(self, teal: Callable[..., Outcome]) -> None:
+        lines = b"Hello\n\n/level 0.25\n/level 2\nAgain\n/clear\nAnew\n/exit\nnever read\n"
+        rewrite(Path("model/config.json"), lambda config: config.update(max_position_embeddings=256))
+        result = teal("chat", "model", "--max-new-tokens", 5, "--json", "chat.json", stdin=lines)
+        assert result.code == 0
+        turns = json.loads(Path("chat.json").read_text())["turns"]
+        assert [turn["user"] for turn in turns] == ["Hello", "Again", "Anew"]
+        assert [turn["level"] for turn in turns] == [0.5, 0.25, 0.25]
+        assert turns[1]["prompt_tokens"] > turns[2]["prompt_tokens"]
+        assert result.complaints == ["teal: sparsity must be at least 0 and below 1, got 2; 0.5 means half"]
+        assert "sparsity 0.25\n" in result.err
+
+    def test_a_failing_turn_does_not_end_a_chat(self, teal: Callable[..., Outcome]) -> None:
+        lines = b"A question that is much longer than the context of this model can hold.\n\xff\nHi\n"
+        result = teal("chat", "model", "--max-new-tokens", 5, "--json", "-", stdin=lines)
+        assert result.code == 0
+        assert [turn["user"] for turn in json.loads(result.out)["turns"]] == ["Hi"]
+        assert "leaves no room in a context of 64" in result.complaints[0]
+        assert "no UTF-8" in result.complaints[1]
+
+    def test_bench_and_inspect_its_result(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        arguments = ["bench", "model", "--context", "8", "--tokens", "4", "--repeats", "1", "--levels", "0.5", "0.5"]
+        result = teal(*arguments, "--json", "b.json")
+        assert result.code == 0
+        assert "correct: products differ from the reference by at most" in result.out
+        assert [speed["level"] for speed in json.loads(Path("b.json").read_text())["speeds"]] == [0, 0.5]
+        assert teal("inspect", "b.json").out == result.out
+        assert json.loads(teal(*arguments, "--json", "-").out)["details"]["model"] == "model"
+
+    def test_bench_of_a_shape(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        monkeypatch.setitem(__import__("teal.shapes").shapes.SHAPES, "tiny", ("llama", sizes))
+        result = teal("bench", "--shape", "tiny", "--tokens", 3, "--repeats", 1, "--context", 4, "--json", "-")
+        assert result.code == 0
+        assert json.loads(result.out)["details"]["model"] == "random weights of tiny"
+
+    def test_a_saved_sparse_model_is_inspected_as_its_plan(self, teal: Callable[..., Outcome]) -> None:
+        from teal import load, save, sparsify
+        from teal.checkpoint import load_model
+
+        save(sparsify(load_model(Path("model")), SparsityPlan.load(PLAN), 0.25), "sparse")
+        assert "uniform" in teal("inspect", "sparse").out
+        assert load(load_model(Path("model")), "sparse").sparsity_level == 0.25
+
+    def test_doctor(self, teal: Callable[..., Outcome]) -> None:
+        result = teal("doctor")
+        assert result.code == 0
+        assert "row_major              works" in result.out
+        findings = json.loads(teal("doctor", "--json", "-").out)
+        assert set(findings) == {"versions", "processor", "GPUs", "backends"}
+        assert "WRONG" not in json.dumps(findings)
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    @pytest.mark.parametrize("family", ["gemma2", "phi3"])
+    def test_what_the_engine_cannot_serve_goes_through_transformers(
+        self, family: str, teal: Callable[..., Outcome]
+    ) -> None:
+        save_tiny(Path(family), family)
+        arguments = ["--prompt", "The", "--max-new-tokens", "6", "--json", "-"]
+        dense = teal("generate", family, "--dense", *arguments)
+        assert dense.code == 0
+        assert dense.complaints == []
+        (warning,) = dense.warnings
+        assert "decoding through transformers" in warning
+        assert family in warning
+        assert json.loads(dense.out)["engine"] == "transformers"
+        assert teal("calibrate", family, "--text", "text.txt", "--tokens", 256).code == 0
+        assert teal("allocate", family, "--method", "uniform").code == 0
+        sparse = json.loads(teal("generate", family, "--level", 0.5, *arguments).out)
+        assert (sparse["level"], sparse["new_tokens"]) == (0.5, 6)
+        options = ["--temperature", "1", "--top-p", "0.9", "--stop", "q"]
+        sampled = [json.loads(teal("generate", family, "--dense", *arguments, *options).out) for _ in range(2)]
+        assert sampled[0]["text"] == sampled[1]["text"]
+        assert "q" not in sampled[0]["text"]
+        too_long = teal("generate", family, "--dense", "--prompt", "x" * 70)
+        assert "leaves no room in a context of 64" in too_long.complaints[0]
+        assert too_long.code == 1
+
+
+def test_demo(teal: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole pipeline on the embedded model, with less of everything."""
+    from teal import allocation, benchmark, data
+
+    blocks, measure, greedy = data.token_blocks, benchmark.benchmark, allocation.GreedyConfig
+    monkeypatch.setattr(data, "token_blocks", lambda *a, **o: blocks(*a, **{**o, "length": 48, "count": 2}))
+    monkeypatch.setattr(benchmark, "benchmark", lambda *a, **o: measure(*a, **o, new_tokens=3, repeats=1))
+    monkeypatch.setattr(allocation, "GreedyConfig", lambda step: greedy(step=0.1))
+    monkeypatch.chdir(tmp_path)
+    result = teal("demo", "--json", "-")
+    assert result.code == 0
+    assert set(json.loads(result.out)) == {"output", "seconds", "evaluation", "bench", "samples"}
+    page = Path("teal-demo/report.md").read_text(encoding="utf-8")
+    assert all(f"## {title}" in page for title in ("Quality", "Decode speed", "Generated text", "Sparsity of each"))
+    for name in ("evaluation.json", "bench.json", "uniform.json", "blockwise.json", "statistics.safetensors"):
+        assert teal("inspect", f"teal-demo/{name}").code == 0
+    again = teal("demo")
+    assert again.complaints == ["teal: teal-demo exists and is not empty; name another --output or pass --overwrite"]
+
+
+READS_MODEL = {
+    "calibrate": ["calibrate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new"],
+    "allocate": ["allocate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new", "--step", "0.1"],
+    "evaluate": ["evaluate", "model", "--text", "text.txt", "--tokens", "64"],
+    "generate": ["generate", "model", "--prompt", "The"],
+    "bench": ["bench", "model", "--context", "4", "--tokens", "2", "--repeats", "1"],
+    "inspect": ["inspect", "model"],
+}
+READS_PLAN = ("evaluate", "generate", "bench")
+every_reader = pytest.mark.parametrize("arguments", READS_MODEL.values(), ids=READS_MODEL)
+every_plan_reader = pytest.mark.parametrize("arguments", [READS_MODEL[verb] for verb in READS_PLAN], ids=READS_PLAN)
+
+
+@pytest.mark.usefixtures("home")
+class TestBadText:
+    @pytest.mark.parametrize("verb", ["calibrate", "allocate", "evaluate"])
+    @pytest.mark.parametrize(
+        ("source", "content", "says", "code"),
+        [
+            ("nowhere.txt", None, "nowhere.txt does not exist", 2),
+            ("empty.txt", b"", "empty.txt holds no text", 1),
+            ("latin.txt", "grüße".encode("latin-1"), "latin.txt is not UTF-8 text", 1),
+            ("bad.jsonl", b'{"text": "x"}\n{', "bad.jsonl, line 2 is not JSON", 1),
+            ("short.txt", b"too short", "the text gives 9 tokens, 63 are needed (1 x 64)", 1),
+            ("model", None, "model is a model, not a text", 2),
+            ("hf:some", None, "pip install 'teal-llm[datasets]'", 1),
+        ],
+    )
+    def test_of_each_verb(
+        self,
+        verb: str,
+        source: str,
+        content: bytes | None,
+        says: str,
+        code: int,
+        refuses: Callable[..., Outcome],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        if content is not None:
+            Path(source).write_bytes(content)
+        arguments = [source if argument == "text.txt" else argument for argument in READS_MODEL[verb]]
+        refuses(*arguments, "--length", 64, says=says, code=code)
+
+    def test_fewer_tokens_than_asked(self, refuses: Callable[..., Outcome]) -> None:
+        says = "the text gives 900 tokens, 1008 are needed (16 x 64); give more text"
+        refuses("calibrate", "model", "--text", "text.txt", "--tokens", 1024, "--output", "new", says=says)
+
+    def test_standard_input(self, refuses: Callable[..., Outcome]) -> None:
+        arguments = ["calibrate", "model", "--text", "-", "--output", "new"]
+        refuses(*arguments, says="- holds no text")
+        refuses(*arguments, stdin=b"\xff", says="standard input is not UTF-8 text")
+
+    def test_blocks_longer_than_the_context(self, refuses: Callable[..., Outcome]) -> None:
+        says = "blocks of 65 tokens do not fit the model's context of 64"
+        refuses(*READS_MODEL["evaluate"], "--length", 65, says=says, code=2)
+
+    def test_no_tokens_left_to_count(self, refuses: Callable[..., Outcome]) -> None:
+        says = "dense_tokens must be between 0 and 63"
+        refuses(*READS_MODEL["calibrate"], "--dense-tokens", 64, says=says, code=2)
+        refuses(*READS_MODEL["evaluate"], "--dense-tokens", 63, says="between 0 and 62", code=2)
+
+
+@pytest.mark.usefixtures("home")
+class TestBadModel:
+    @every_reader
+    @pytest.mark.parametrize(
+        ("config", "says"),
+        [
+            ({"model_type": "perceptron"}, "config.json is not understood"),
+            ({"model_type": "gpt2"}, "unknown architecture 'gpt2'"),
+            (None, "is not understood"),
+        ],
+        ids=["unknown", "unsupported", "damaged"],
+    )
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_architecture(
+        self, arguments: list[str], config: dict[str, str] | None, says: str, refuses: Callable[..., Outcome]
+    ) -> None:
+        if config is None:
+            Path("model/config.json").write_text('{"model_type": ')
+        else:
+            rewrite(Path("model/config.json"), lambda payload: payload.update(config))
+        if arguments[0] in READS_PLAN and config != {"model_type": "perceptron"}:
+            says = "model"  # what is noticed first differs
+        refuses(*arguments, says=says)
+
+    @every_reader
+    @pytest.mark.parametrize("damage", ["truncated", "corrupt", "pickled", "pickle-renamed", "missing-shard", "none"])
+    def test_weights(self, arguments: list[str], damage: str, refuses: Callable[..., Outcome]) -> None:
+        weights = Path("model/model.safetensors")
+        content = weights.read_bytes()
+        if damage == "truncated":
+            weights.write_bytes(content[: len(content) // 2])
+        elif damage == "corrupt":
+            weights.write_bytes(b"\xff" * 8 + content[8:])
+        elif damage == "pickle-renamed":
+            weights.write_bytes(pickle.dumps({"x": 1}))
+        else:
+            weights.unlink()
+        if damage == "pickled":
+            Path("model/pytorch_model.bin").write_bytes(pickle.dumps({"x": 1}))
+        if damage == "missing-shard":
+            index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+            Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+        says = {
+            "pickled": "holds only pickled weights (pytorch_model.bin)",
+            "missing-shard": "names model-00001-of-00002.safetensors, which is missing; download the checkpoint again",
+            "none": "holds no weights",
+        }.get(damage, "model.safetensors is truncated, corrupt or unreadable")
+        refuses(*arguments, says=says)
+
+    @every_reader
+    @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+    def test_a_missing_tensor(self, arguments: list[str], name: str, refuses: Callable[..., Outcome]) -> None:
+        edit_weights(lambda tensors: tensors.pop(name))
+        if arguments[0] == "inspect" and "embed" in name:
+            return  # it reads the blocks only
+        refuses(*arguments, says=name)
+
+    @every_reader
+    def test_weights_of_other_shapes(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        rewrite(Path("model/config.json"), lambda config: config.update(vocab_size=300))
+        if arguments[0] != "inspect":
+            refuses(*arguments, says="model")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite(self, value: float, refuses: Callable[..., Outcome]) -> None:
+        edit_weights(lambda tensors: tensors["model.layers.0.self_attn.v_proj.weight"].fill_(value))
+        refuses(*READS_MODEL["calibrate"], says="at the input of block 0 self_attn.o_proj")
+        shutil.rmtree("new.partial", ignore_errors=True)
+        refuses(*READS_MODEL["generate"], "--dense", says="logits are NaN or infinite")
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_logits_that_are_not_finite(self, refuses: Callable[..., Outcome]) -> None:
+        edit_weights(lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+        refuses(*READS_MODEL["evaluate"], says="logits are NaN or infinite")
+
+    @pytest.mark.parametrize("verb", ["calibrate", "evaluate", "generate", "bench"])
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": "1.0", "model": {"type": "BPE"}}'])
+    def test_tokenizer(self, verb: str, content: str, refuses: Callable[..., Outcome]) -> None:
+        Path("model/tokenizer.json").write_text(content)
+        refuses(*READS_MODEL[verb], says="has no usable tokenizer")
+
+    @pytest.mark.parametrize("verb", ["calibrate", "evaluate", "generate", "bench"])
+    def test_no_tokenizer(self, verb: str, refuses: Callable[..., Outcome]) -> None:
+        for path in Path("model").glob("tokenizer*"):
+            path.unlink()
+        refuses(*READS_MODEL[verb], says="has no usable tokenizer")
+
+    @pytest.mark.parametrize("verb", ["calibrate", "evaluate", "generate", "bench"])
+    def test_tokenizer_of_a_larger_vocabulary(self, verb: str, refuses: Callable[..., Outcome]) -> None:
+        def shift(payload: Any) -> None:
+            vocabulary = payload["model"]["vocab"]
+            payload["model"]["vocab"] = {symbol: index + 900 * (index > 1) for symbol, index in vocabulary.items()}
+
+        rewrite(Path("model/tokenizer.json"), shift)
+        code = 2 if verb in ("generate", "bench") else 1
+        refuses(*READS_MODEL[verb], says="outside the model's vocabulary of 258", code=code)
+
+    @every_reader
+    @pytest.mark.parametrize("name", ["./nowhere", "text.txt"])
+    def test_no_directory(self, arguments: list[str], name: str, refuses: Callable[..., Outcome]) -> None:
+        arguments = [name if argument == "model" else argument for argument in arguments]
+        if arguments[0] in READS_PLAN:
+            arguments = [*arguments, "--plan", str(PLAN)]
+        if (arguments[0], name) == ("inspect", "text.txt"):
+            refuses(*arguments, says="text.txt is not valid JSON")
+        else:
+            refuses(*arguments, says=f"{name} is not a directory", code=2)
+
+    def test_a_name_that_cannot_be_downloaded(
+        self, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        def fail(*_: object, **__: object) -> None:
+            raise ConnectionError("no network\nmore")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        refuses("inspect", "some/model", says="some/model is no local directory and could not be downloaded", code=2)
+
+
+PLAN_DAMAGE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "newer-version": (lambda p: p.update(version=99), "has version 99, this teal reads up to 1; upgrade teal-llm"),
+    "unknown-key": (lambda p: p.update(extra=1), "has unknown keys ['extra']"),
+    "nan": (
+        lambda p: p["blocks"][1]["mlp.up_proj"]["threshold"].__setitem__(2, float("nan")),
+        "holds NaN; it is damaged",
+    ),
+    "missing-projection": (
+        lambda p: p["blocks"][1].pop("mlp.up_proj"),
+        "thresholds are missing for block 1 mlp.up_proj",
+    ),
+    "missing-level": (lambda p: p["blocks"][0]["mlp.up_proj"]["threshold"].pop(), "block 0 mlp.up_proj needs 4"),
+    "other-format": (lambda p: p.update(format="x"), "has format 'x', expected 'teal.plan'"),
+}
+
+
+@pytest.mark.usefixtures("home")
+class TestBadArtifacts:
+    @every_plan_reader
+    @pytest.mark.parametrize(("damage", "says"), PLAN_DAMAGE.values(), ids=PLAN_DAMAGE)
+    def test_plan(
+        self, arguments: list[str], damage: Callable[[Any], object], says: str, refuses: Callable[..., Outcome]
+    ) -> None:
+        rewrite(PLAN, damage)
+        refuses(*arguments, says=says)
+        refuses("inspect", PLAN, says=says)
+
+    @every_plan_reader
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00"], ids=["empty", "cut", "list", "binary"])
+    def test_plan_that_is_none(self, arguments: list[str], content: bytes, refuses: Callable[..., Outcome]) -> None:
+        PLAN.write_bytes(content)
+        refuses(*arguments, says=str(PLAN))
+
+    @every_plan_reader
+    def test_no_plan(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        PLAN.unlink()
+        refuses(*arguments, says=f"no plan at {PLAN}; run `teal calibrate model` and `teal allocate model` first")
+        refuses(*arguments, "--plan", "nowhere.json", says="nowhere.json does not exist")
+
+    @every_plan_reader
+    def test_plan_of_other_shapes(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        says = "32 x 64 in the plan and 32 x 56 in the model"
+        refuses(*arguments, "--plan", "teal-wider/plan.json", says=says)
+
+    @every_plan_reader
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_plan_of_other_weights(
+        self,
+        arguments: list[str],
+        teal: Callable[..., Outcome],
+        refuses: Callable[..., Outcome],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        arguments = ["other" if argument == "model" else argument for argument in arguments]
+        outcome = teal(*arguments, "--plan", PLAN, *([] if arguments[0] == "generate" else ["--levels", "0.5"]))
+        assert outcome.code == 0
+        (warning,) = outcome.warnings
+        assert "the plan may not belong to this model: it was made for other weights" in warning
+        refuses(*arguments, "--plan", PLAN, "--strict", says="the plan may not belong to this model")
+
+    @every_plan_reader
+    def test_statistics_passed_as_a_plan(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        refuses(*arguments, "--plan", STATISTICS, says=str(STATISTICS))
+
+    def test_a_plan_passed_as_statistics(self, refuses: Callable[..., Outcome]) -> None:
+        refuses(*READS_MODEL["allocate"], "--statistics", PLAN, says=f"{PLAN} is truncated, corrupt or not safetensors")
+        refuses(*READS_MODEL["calibrate"], "--merge", PLAN, says=f"{PLAN} is truncated, corrupt or not safetensors")
+
+    def test_weights_passed_as_statistics(self, refuses: Callable[..., Outcome]) -> None:
+        arguments = [*READS_MODEL["allocate"], "--statistics", "model/model.safetensors"]
+        refuses(*arguments, says="has format None, expected 'teal.statistics'")
+
+    def test_no_statistics(self, refuses: Callable[..., Outcome]) -> None:
+        STATISTICS.unlink()
+        refuses(*READS_MODEL["allocate"], says=f"no statistics at {STATISTICS}; run `teal calibrate model` first, or")
+
+    def test_statistics_of_other_shapes(self, refuses: Callable[..., Outcome]) -> None:
+        other = "teal-wider/statistics.safetensors"
+        says = "32 x 64 in the statistics and 32 x 56 in the model"
+        refuses(*READS_MODEL["allocate"], "--statistics", other, says=says)
+        refuses(*READS_MODEL["calibrate"], "--merge", other, says="mlp.down_proj has weight 32 x 56")
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_statistics_of_other_weights(self, teal: Callable[..., Outcome], refuses: Callable[..., Outcome]) -> None:
+        arguments = ["allocate", "other", "--statistics", STATISTICS, "--method", "uniform", "--output", "new"]
+        refuses(*arguments, "--strict", says="the statistics may not belong to this model")
+        outcome = teal(*arguments)
+        assert outcome.code == 0
+        assert ["the statistics may not belong" in line for line in outcome.warnings] == [True]
+        calibrate = ["calibrate", "other", "--text", "text.txt", "--tokens", "64", "--output", "merged"]
+        refuses(*calibrate, "--merge", STATISTICS, says="of different weights and cannot be added")
+
+    def test_statistics_with_another_token_rule(self, refuses: Callable[..., Outcome]) -> None:
+        arguments = [*READS_MODEL["calibrate"], "--merge", STATISTICS, "--dense-tokens", "4"]
+        refuses(*arguments, says="skip 8 and 4 dense tokens and cannot be added")
+
+    @pytest.mark.parametrize("kept", [0, 100, 5000])
+    def test_truncated_statistics(self, kept: int, refuses: Callable[..., Outcome]) -> None:
+        STATISTICS.write_bytes(STATISTICS.read_bytes()[:kept])
+        for arguments in (READS_MODEL["allocate"], ["inspect", STATISTICS]):
+            refuses(*arguments, says=f"{STATISTICS} is truncated, corrupt or not safetensors")
+
+    @every_plan_reader
+    def test_a_level_above_the_grid(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        option = "--level" if arguments[0] == "generate" else "--levels"
+        refuses(*arguments, option, 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
+        refuses("inspect", PLAN, "--level", 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
+
+    def test_a_damaged_result(self, refuses: Callable[..., Outcome]) -> None:
+        for name, payload in {"e.json": {"format": "teal.evaluation", "version": 1}, "x.json": {"format": "x"}}.items():
+            Path(name).write_text(json.dumps(payload))
+            refuses("inspect", name, says=name)
+
+
+@pytest.mark.usefixtures("home")
+class TestBadOutput:
+    @pytest.mark.parametrize(
+        ("arguments", "output"),
+        [
+            (["calibrate", "model", "--text", "text.txt"], STATISTICS),
+            (["allocate", "model", "--method", "uniform"], PLAN),
+        ],
+        ids=["calibrate", "allocate"],
+    )
+    def test_that_exists(
+        self, arguments: list[str], output: Path, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]
+    ) -> None:
+        refuses(*arguments, says=f"{output} exists; name another --output or pass --overwrite")
+        refuses(*arguments, "--output", "text.txt", says="text.txt exists")
+        refuses(*arguments, "--output", "model", says="cannot write model: it is a directory; name a file")
+        tokens = ["--tokens", "64"] if arguments[0] == "calibrate" else []
+        before = output.read_bytes()
+        assert teal(*arguments, *tokens, "--overwrite").code == 0
+        assert output.read_bytes() != before
+
+    @pytest.mark.parametrize("arguments", [*READS_MODEL.values(), ["doctor"]], ids=[*READS_MODEL, "doctor"])
+    def test_json_that_cannot_be_written_fails_first(
+        self, arguments: list[str], refuses: Callable[..., Outcome]
+    ) -> None:
+        refuses(*arguments, "--json", "model", says="cannot write model: it is a directory; name a file")
+        refuses(*arguments, "--json", "text.txt/x.json", says="cannot write text.txt/x.json")
+
+    @pytest.mark.parametrize("verb", ["calibrate", "allocate"])
+    def test_no_permission(self, verb: str, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        refuses(*READS_MODEL[verb], says="cannot write new: no permission to write in .")
+
+    @pytest.mark.parametrize("verb", ["calibrate", "allocate"])
+    @pytest.mark.parametrize("written", [0, 1, 2, 3, 4])
+    def test_disk_full(
+        self,
+        verb: str,
+        written: int,
+        teal: Callable[..., Outcome],
+        refuses: Callable[..., Outcome],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """After so many files. What was finished is kept, and the repeated command ends as if nothing had been."""
+        from teal import artifacts
+
+        arguments = READS_MODEL[verb]
+        assert teal(*["expected" if argument == "new" else argument for argument in arguments]).code == 0
+        written_files = []
+        write = artifacts.write_atomically
+
+        def full(path: Path, fill: Callable[[Path], object]) -> None:
+            def fail(temporary: Path) -> None:
+                temporary.write_bytes(b"half of it")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            write(path, fill if len(written_files) < written else fail)
+            written_files.append(path)
+
+        monkeypatch.setattr(artifacts, "write_atomically", full)
+        outcome = refuses(*arguments, says="No space left on device", changes=True)
+        assert "cannot write new" in outcome.complaints[0]
+        assert not Path("new").exists()
+        assert not [path for path in Path().rglob(".*.tmp")]
+        assert len(list(Path("new.partial").glob("*.safetensors"))) == (0, 1, 2, 3, 3)[written]
+        monkeypatch.setattr(artifacts, "write_atomically", write)
+        assert teal(*arguments).code == 0
+        assert Path("new").read_bytes() == Path("expected").read_bytes()
+        assert not Path("new.partial").exists()
+
+    @pytest.mark.parametrize(
+        ("verb", "says"),
+        [
+            ("calibrate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
+            ("allocate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
+            ("evaluate", "teal: interrupted"),
+            ("generate", "teal: interrupted"),
+        ],
+    )
+    def test_interrupted(
+        self, verb: str, says: str, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for target in ("blockwalk.StreamedBlocks.block", "evaluation._logits", "engine.model.DecoderModel.decode"):
+            monkeypatch.setattr(f"teal.{target}", interrupt)
+        outcome = refuses(*READS_MODEL[verb], says="interrupted")
+        assert outcome.complaints == [says]
+
+    def test_a_spool_of_another_job(
+        self, teal: Callable[..., Outcome], refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(ActivationStatistics, "save", interrupt)
+            assert teal(*READS_MODEL["calibrate"]).code == 1
+        says = "new.partial holds an unfinished run with other settings (different: tokens)"
+        refuses(*READS_MODEL["calibrate"], "--length", 32, says=says)
+        assert teal(*READS_MODEL["calibrate"]).code == 0
+
+
+@pytest.mark.usefixtures("home")
+class TestBadRequests:
+    @pytest.mark.parametrize("options", [["--prompt", ""], ["--prompt", " \n"], []])
+    def test_empty_prompt(self, options: list[str], refuses: Callable[..., Outcome]) -> None:
+        says = "the prompt is empty; pass --prompt TEXT or pipe text in"
+        refuses("generate", "model", *options, says=says, code=2)
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["--prompt", "x" * 63], "the prompt of 64 tokens leaves no room in a context of 64"),
+            (["--prompt", "x" * 20, "--context", "20"], "the prompt of 21 tokens leaves no room in a context of 20"),
+            (["--prompt", "x", "--context", "65"], "context must be between 1 and the model's 64, got 65"),
+        ],
+    )
+    def test_prompt_longer_than_the_context(
+        self, options: list[str], says: str, refuses: Callable[..., Outcome]
+    ) -> None:
+        refuses("generate", "model", *options, says=says)
+
+    def test_prompt_that_is_no_unicode(self, refuses: Callable[..., Outcome]) -> None:
+        refuses("generate", "model", "--prompt", "a\udcff", says="bytes that are no UTF-8", code=2)
+        refuses("generate", "model", stdin=b"a\xff", says="standard input is not UTF-8 text (byte 1)")
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (["--temperature", "-1"], "temperature must be at least 0"),
+            (["--top-p", "0"], "top_p must be above 0"),
+            (["--min-p", "2"], "min_p must be between 0"),
+            (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+            (["--seed", "-1"], "seed must be between 0"),
+            (["--stop", ""], "a stop string is empty"),
+        ],
+    )
+    def test_sampling(self, options: list[str], says: str, refuses: Callable[..., Outcome]) -> None:
+        refuses(*READS_MODEL["generate"], *options, says=says, code=2)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    @every_plan_reader
+    @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+    def test_no_gpu(self, arguments: list[str], device: str, refuses: Callable[..., Outcome]) -> None:
+        refuses(*arguments, "--device", device, says="no CUDA device is available here; use --device cpu")
+
+    @every_plan_reader
+    def test_unknown_device(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
+        refuses(*arguments, "--device", "gpu", says="unknown device 'gpu'; use cpu or cuda", code=2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ([*READS_MODEL["generate"], "--dense", "--level", "0.5"], "--dense is without sparsity"),
+            ([*READS_MODEL["generate"], "--dense", "--plan", str(PLAN)], "--dense is without sparsity"),
+            (["bench", "model", "--tokens", "1"], "--tokens must be at least 2"),
+            (["bench", "model", "--shape", "llama-3.2-1b"], "--shape stands alone"),
+            (["bench", "--shape", "gpt-5"], "unknown shape 'gpt-5'"),
+            (["bench", "model", "--context", "65"], "blocks of 65 tokens do not fit"),
+            ([*READS_MODEL["allocate"], "--step", "0.5"], "the greedy step must be above 0"),
+            ([*READS_MODEL["allocate"], "--step", "nan"], "the greedy step must be above 0"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, arguments: list[str], says: str, refuses: Callable[..., Outcome]) -> None:
+        refuses(*arguments, says=says, code=2)
+
+    def test_a_level_that_greedy_cannot_reach(self, refuses: Callable[..., Outcome]) -> None:
+        refuses(*READS_MODEL["allocate"], "--levels", 0.97, says="level 0.97 cannot be reached", code=2)
