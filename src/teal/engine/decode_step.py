@@ -1,14 +1,15 @@
-"""The decode step: one block, one token per sequence. The contract, its reference, the only choice of one.
+"""The decode step: all blocks, one token per sequence. The contract, its reference, the only choice of one.
 
 What a backend may rely on, and must keep:
 - nothing waits for the host or branches on a value: position, hidden state and cache are device tensors, so a
   whole step can be captured once and replayed;
 - thresholds and compensations are read from the SparseLinear at every call; turning the level changes them in
   place where their shapes allow it;
-- the operations may be fused in any way: norm + threshold + compaction; q, k, v + rotary + cache write;
-  attention; o + residual; gate, up + SiLU * product; down + residual.
+- the operations may be fused in any way, within a block (norm + threshold + compaction; q, k, v + rotary +
+  cache write; attention; o + residual; gate, up + SiLU * product; down + residual) and across blocks.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal.engine.block import MLP, Attention, DecoderBlock, rotate
-from teal.engine.cache import BlockCache
+from teal.engine.cache import BlockCache, KVCache
 
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
@@ -31,14 +32,16 @@ class TokenPosition(NamedTuple):
 
 
 class DecodeStep(Protocol):
-    """Run `block` for one token per sequence.
+    """Run all `blocks` for one token per sequence.
 
-    hidden [B, d] -> [B, d] in the model's dtype. Writes the token's key and value into `cache` at
-    `position.index` and attends to the positions up to it (within the block's window). The cache holds S
-    positions, S > every index; S is the context or, while that suffices, a smaller multiple of EXTENT.
+    hidden [B, d] -> [B, d] in the model's dtype. Every block writes the token's key and value into its part of
+    `cache` at `position.index` and attends to the positions up to it (within the block's window). The cache holds
+    S positions, S > every index; S is the context or, while that suffices, a smaller multiple of EXTENT.
     """
 
-    def __call__(self, block: DecoderBlock, hidden: Tensor, cache: BlockCache, position: TokenPosition) -> Tensor: ...
+    def __call__(
+        self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
+    ) -> Tensor: ...
 
 
 def choose_decode_step(model: "DecoderModel") -> DecodeStep:
@@ -46,8 +49,17 @@ def choose_decode_step(model: "DecoderModel") -> DecodeStep:
     return reference_decode_step
 
 
-def reference_decode_step(block: DecoderBlock, hidden: Tensor, cache: BlockCache, position: TokenPosition) -> Tensor:
+def reference_decode_step(
+    blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
+) -> Tensor:
     """The definition: every operation on its own, in the model's dtype."""
+    for block, block_cache in zip(blocks, cache.blocks, strict=True):
+        hidden = decode_block(block, hidden, block_cache, position)
+    return hidden
+
+
+def decode_block(block: DecoderBlock, hidden: Tensor, cache: BlockCache, position: TokenPosition) -> Tensor:
+    """One block: hidden [B, d] -> [B, d]"""
     query, key, value = project_qkv(block.self_attn, block.input_layernorm(hidden), position)
     write_cache(cache, key, value, position.index)
     attended = attend(query, cache, position.index, block.self_attn.window)

@@ -83,10 +83,7 @@ class DecoderModel(nn.Module):
         All on the device, nothing waits for the host; the caller sees to it that positions fit the cache.
         """
         at = TokenPosition(position, self.cos[position], self.sin[position])
-        hidden = self.embed_tokens(token)
-        for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
-            hidden = self.decode_step(block, hidden, block_cache, at)
-        return self._logits(hidden)
+        return self._logits(self.decode_step(self.blocks, self.embed_tokens(token), cache, at))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return F.linear(self.norm(hidden), self.lm_head)
