@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import save_tiny, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from teal import checkpoint
+from teal.blockwalk import open_blocks
 from teal.checkpoint import (
     Checkpoint,
     load_config,
@@ -20,6 +21,7 @@ from teal.checkpoint import (
     resolve_model,
     structure_from_config,
 )
+from teal.engine.load import load_engine
 from teal.errors import TealError, UsageError
 from teal.structure import FINGERPRINT_ROWS, ModelStructure, fingerprint, identify
 
@@ -73,6 +75,38 @@ class TestCheckpoint:
         reader, model = Checkpoint(originals / "sharded"), tiny_model()
         found = fingerprint(ModelStructure.of(model), lambda name: reader.rows(name, FINGERPRINT_ROWS))
         assert found == identify(model).weights
+
+    @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+    def test_a_narrowing_load_keeps_the_stored_fingerprint(self, originals: Path, dtype: torch.dtype | None) -> None:
+        stored = identify(tiny_model())
+        assert identify(load_model(originals / "single", dtype)) == stored
+        assert identify(load_engine(originals / "single", dtype)) == stored
+        assert open_blocks(originals / "single", dtype).identity == stored
+
+    @pytest.mark.parametrize(
+        ("family", "prefix", "stored"),
+        [
+            ("gemma3", "language_model.model.", "language_model.model."),
+            ("gemma3", "language_model.model.", "model.language_model."),
+            ("llama", "model.", "model.language_model."),
+            ("llama", "model.", ""),
+        ],
+    )
+    def test_finds_blocks_under_other_names(self, family: str, prefix: str, stored: str, tmp_path: Path) -> None:
+        model = tiny_model(family)
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        renamed = {f"{stored}{name.removeprefix(prefix)}": tensor for name, tensor in load_file(file).items()}
+        save_file(renamed, file, metadata={"format": "pt"})
+        assert Checkpoint(tmp_path).block_path(ModelStructure.of(model)) == f"{stored}layers"
+        assert open_blocks(tmp_path, torch.bfloat16).identity == identify(model)
+
+    def test_blocks_under_names_of_no_one_place(self, single: Path) -> None:
+        file = single / "model.safetensors"
+        weights = {f"{first}.{name}": tensor for name, tensor in load_file(file).items() for first in "ab"}
+        save_file({name: tensor.clone() for name, tensor in weights.items()}, file, metadata={"format": "pt"})
+        assert Checkpoint(single).block_path(ModelStructure.of(tiny_model())) is None
+        assert Checkpoint(single).fingerprint(ModelStructure.of(tiny_model())) == ""
 
     def test_missing_tensor(self, originals: Path) -> None:
         reader = Checkpoint(originals / "single")

@@ -629,6 +629,15 @@ class TestBadArtifacts:
         refuses(*arguments, "--plan", PLAN, "--strict", says="the plan may not belong to this model")
 
     @every_plan_reader
+    def test_a_models_own_plan_under_another_dtype(
+        self, arguments: list[str], teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The weights that count are the stored ones, float32 here. Warnings are errors."""
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        levels = [] if arguments[0] == "generate" else ["--levels", "0.5"]
+        assert teal(*arguments, *levels, "--strict", "--dtype", "bfloat16").code == 0
+
+    @every_plan_reader
     def test_statistics_passed_as_a_plan(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
         refuses(*arguments, "--plan", STATISTICS, says=str(STATISTICS))
 

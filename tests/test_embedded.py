@@ -8,6 +8,7 @@ from teal.checkpoint import EMBEDDED, EMBEDDED_MODEL, Checkpoint, load_model, lo
 from teal.data import CALIBRATION_TEXT, EVALUATION_TEXT, token_blocks
 from teal.engine import encode_prompt, generate, load_engine
 from teal.evaluation import evaluate
+from teal.structure import identify
 
 
 def test_files_are_of_the_promised_size():
@@ -17,6 +18,13 @@ def test_files_are_of_the_promised_size():
     documents = [set(text.decode().split("\n\n")) for text in texts]
     assert not documents[0] & documents[1]
     assert "WikiText-2" in (EMBEDDED / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_fingerprint_stays_what_artifacts_say():
+    fingerprint = "504ae4b8e1b5eab1e56dca1a91de41283ad1bca701fb7b0fa72e40faf10299d8"
+    loaded = (load_model(EMBEDDED_MODEL, dtype) for dtype in (None, torch.float32, torch.bfloat16))
+    models = (*loaded, load_engine(EMBEDDED_MODEL, torch.bfloat16))
+    assert {identify(model).weights for model in models} == {fingerprint}
 
 
 def test_quality_dense_and_at_a_quarter():

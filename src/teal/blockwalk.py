@@ -13,7 +13,7 @@ from teal.artifacts import check_header, read_tensors, write_tensors
 from teal.checkpoint import Checkpoint, load_config, load_model, structure_from_config
 from teal.data import check_tokens
 from teal.errors import TealError, UsageError
-from teal.structure import FINGERPRINT_ROWS, ModelIdentity, ModelStructure, fingerprint, identify
+from teal.structure import ModelStructure, identify
 
 
 class BlockSource:
@@ -23,10 +23,7 @@ class BlockSource:
         check_evaluation_mode(model)
         self.model = model
         self.structure = ModelStructure.of(model)
-        self.identity = self._identify()
-
-    def _identify(self) -> ModelIdentity:
-        return identify(self.model, self.structure)
+        self.identity = identify(model, self.structure)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -53,24 +50,20 @@ class BlockSource:
 class StreamedBlocks(BlockSource):
     """The blocks of a checkpoint: everything else is memory-mapped, a block's weights are read when it is used."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype | None = None) -> None:
-        self.checkpoint = Checkpoint(directory)
-        self.dtype = dtype or load_config(directory).get_text_config().dtype
-        super().__init__(_skeleton(directory, self.checkpoint, self.dtype))
-        beyond = f"{self.structure.path}.{len(self.structure.blocks)}."
-        if any(name.startswith(beyond) for name in self.checkpoint.names()):
-            raise TealError(f"{directory} holds more blocks than the {len(self.structure.blocks)} of its config.json")
-
-    def _identify(self) -> ModelIdentity:
-        return ModelIdentity.of(
-            self.structure,
-            fingerprint(self.structure, lambda name: self.checkpoint.rows(name, FINGERPRINT_ROWS)),
-        )
+    def __init__(self, checkpoint: Checkpoint, path: str, dtype: torch.dtype | None = None) -> None:
+        """`path` is where the checkpoint stores the blocks, see `Checkpoint.block_path`."""
+        self.checkpoint = checkpoint
+        self.path = path
+        self.dtype = dtype or load_config(checkpoint.directory).get_text_config().dtype
+        super().__init__(_skeleton(checkpoint, path, self.dtype))
+        if any(name.startswith(f"{path}.{len(self.structure.blocks)}.") for name in checkpoint.names()):
+            known = len(self.structure.blocks)
+            raise TealError(f"{checkpoint.directory} holds more blocks than the {known} of its config.json")
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         module = self.structure.block_modules(self.model)[index]
-        weights = self.checkpoint.tensors(f"{self.structure.path}.{index}.")
+        weights = self.checkpoint.tensors(f"{self.path}.{index}.")
         converted = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in weights}
         _assign(module, converted, f"block {index} of {self.checkpoint.directory}")
         try:
@@ -89,9 +82,10 @@ def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None)
         return BlockSource(model)
     directory = Path(model)
     structure = structure_from_config(directory)
-    index, projection = next(structure.projections())
-    if f"{structure.module_name(index, projection)}.weight" in Checkpoint(directory):
-        return StreamedBlocks(directory, dtype)
+    checkpoint = Checkpoint(directory)
+    path = checkpoint.block_path(structure)
+    if path is not None:
+        return StreamedBlocks(checkpoint, path, dtype)
     return BlockSource(load_model(directory, dtype))  # stored under names that only transformers can map
 
 
@@ -161,23 +155,33 @@ def discard_spool(directory: Path) -> None:
             directory.rmdir()
 
 
-def _skeleton(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
-    """The model with everything but its blocks memory-mapped; the blocks are on the meta device."""
+def _skeleton(checkpoint: Checkpoint, path: str, dtype: torch.dtype | None) -> nn.Module:
+    """The model with what surrounds its blocks, stored under `path`, memory-mapped; the blocks are on the meta device.
+
+    Other parts (vision towers) stay on the meta device too: no block's input depends on them.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(directory)
+    config = load_config(checkpoint.directory)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-    path = ModelStructure.of(model).path
     compute_buffers(model)
-    outside = [name for name in checkpoint.names() if not name.startswith(f"{path}.")]
-    weights = ((name, checkpoint.tensor(name)) for name in outside)
-    _assign(model, {name: tensor.to(dtype or tensor.dtype) for name, tensor in weights}, directory, strict=False)
+    parent, _, blocks = ModelStructure.of(model).path.rpartition(".")
+    stored, wanted = "".join(path.rpartition(".")[:2]), model.state_dict().keys()
+    weights = {}
+    for name in checkpoint.names():
+        place = f"{parent}.{name.removeprefix(stored)}" if name.startswith(stored) else name
+        if place in wanted and not name.startswith(f"{path}."):
+            tensor = checkpoint.tensor(name)
+            weights[place] = tensor.to(dtype or tensor.dtype)
+    _assign(model, weights, checkpoint.directory, strict=False)
     model.tie_weights()
-    parent, _, blocks = path.rpartition(".")
     for name, value in model.get_submodule(parent).named_parameters():
         if value.is_meta and not name.startswith(f"{blocks}."):
-            raise TealError(f"{directory} has no tensor {parent}.{name}; its weights do not match its config.json")
+            raise TealError(
+                f"{checkpoint.directory} has no tensor {stored}{name}; its weights do not match its config.json"
+            )
+    checkpoint.note_identity(model)
     return model.eval()
 
 

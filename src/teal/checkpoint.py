@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from teal.errors import TealError, UsageError
-from teal.structure import ModelStructure
+from teal.structure import FINGERPRINT_ROWS, ModelStructure, fingerprint
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"
@@ -109,6 +110,33 @@ class Checkpoint:
                 if self._file_of[name] == file:
                     yield name[len(prefix) :], opened.get_tensor(name)
 
+    def block_path(self, structure: ModelStructure) -> str | None:
+        """Where the blocks are stored: under the model's own path or, in multimodal checkpoints, under another.
+
+        Found by the projections of the first block; None if only transformers can map the names.
+        """
+        first = [f".0.{projection.name}.weight" for projection in structure.blocks[0]]
+        candidates = {name.removesuffix(first[0]) for name in self._file_of if name.endswith(first[0])}
+        found = [path for path in candidates if all(f"{path}{rest}" in self for rest in first)]
+        if structure.path in found:
+            return structure.path
+        return found[0] if len(found) == 1 else None
+
+    def fingerprint(self, structure: ModelStructure) -> str:
+        """The fingerprint of the weights as they are stored; empty if only transformers can map their names."""
+        path = self.block_path(structure)
+        if path is None:
+            return ""
+        return fingerprint(replace(structure, path=path), lambda name: self.rows(name, FINGERPRINT_ROWS))
+
+    def note_identity(self, model: nn.Module) -> None:
+        """Let `structure.identify` know the stored weights of `model`, which may be loaded in a narrower dtype."""
+        try:
+            structure = ModelStructure.of(model)
+        except TealError:  # it may be used dense; whoever makes it sparse is told
+            return
+        object.__setattr__(model, "stored_fingerprint", self.fingerprint(structure))
+
     def bytes(self) -> int:
         """Size of the safetensors files."""
         return sum(file.stat().st_size for file in set(self._file_of.values()))
@@ -175,7 +203,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = 
     """
     from transformers import AutoModelForCausalLM
 
-    Checkpoint(directory)  # clear errors for missing, pickled or damaged weights
+    checkpoint = Checkpoint(directory)  # clear errors for missing, pickled or damaged weights
     load_config(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -190,4 +218,5 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = 
         raise TealError(f"{directory}: tensor {name} has shape {list(stored)}, its config.json asks for {list(wanted)}")
     if missing := sorted(report["missing_keys"]):
         raise TealError(f"{directory} lacks {len(missing)} weights of its config.json, e.g. {missing[0]}")
+    checkpoint.note_identity(model)
     return model.to(device).eval()

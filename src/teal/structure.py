@@ -220,8 +220,12 @@ def fingerprint(structure: ModelStructure, rows: Any) -> str:
 
 
 def identify(model: nn.Module, structure: ModelStructure | None = None) -> ModelIdentity:
-    """The identity of a model in memory."""
+    """The identity of a model: its weights as a loader of ours found them stored (see `Checkpoint.note_identity`),
+    as a load may narrow them, else as they are in memory.
+    """
     structure = structure or ModelStructure.of(model)
+    if stored := getattr(model, "stored_fingerprint", ""):
+        return ModelIdentity.of(structure, stored)
 
     def rows(name: str) -> torch.Tensor:
         module = model.get_submodule(name.rpartition(".")[0])

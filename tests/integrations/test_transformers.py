@@ -29,7 +29,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SparsityPlan]
 
 
 def load_sparse(directory: Path, **options: object) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+    return AutoModelForCausalLM.from_pretrained(directory, **{"dtype": torch.float32, **options})
 
 
 def run_python(code: str) -> str:
@@ -84,6 +84,13 @@ class TestTealConfig:
         loaded = load_sparse(directory, quantization_config=teal.TealConfig(plan=plan, level=0.5))
         expected = sparsify(load_sparse(directory), plan, 0.5)
         assert torch.equal(decode_logits(loaded, IDS, 2), decode_logits(expected, IDS, 2))
+
+    def test_knows_the_stored_weights_under_another_dtype(self, saved: tuple[Path, SparsityPlan]) -> None:
+        """Without the warning that the plan may not belong to the model."""
+        directory, plan = saved
+        loaded = load_sparse(directory, quantization_config=teal.TealConfig(plan=plan), dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        assert identify(loaded) == plan.identity
 
     @pytest.mark.parametrize("layout", ["row_major", "channel_major"])
     def test_saves_standard_weights_with_the_plan_and_reloads(

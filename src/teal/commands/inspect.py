@@ -122,15 +122,12 @@ def _statistics(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     from teal.checkpoint import Checkpoint, load_config, resolve_model, structure_from_config
-    from teal.structure import FINGERPRINT_ROWS, ModelIdentity, fingerprint
+    from teal.structure import ModelIdentity
 
     directory = resolve_model(arguments.path)
     checkpoint, config = Checkpoint(directory), load_config(directory)
     structure = structure_from_config(directory)
-    first, projection = next(structure.projections())
-    known = f"{structure.module_name(first, projection)}.weight" in checkpoint
-    weights = fingerprint(structure, lambda name: checkpoint.rows(name, FINGERPRINT_ROWS)) if known else ""
-    identity = ModelIdentity.of(structure, weights)
+    identity = ModelIdentity.of(structure, checkpoint.fingerprint(structure))
     common.say(arguments, f"checkpoint   {directory} ({checkpoint.bytes() / 2**20:.1f} MiB)")
     _identity(arguments, identity)
     common.say(arguments, f"context      {common.context_length(config)} tokens")

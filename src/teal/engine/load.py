@@ -48,6 +48,7 @@ def load_engine(
         context = min(config.max_positions, DEFAULT_CONTEXT)
     model = DecoderModel(config, take, context).eval()
     take.check_all_taken()
+    checkpoint.note_identity(model)
     if plan is not None:
         sparsify(model, plan, level, strict=strict)
     return model

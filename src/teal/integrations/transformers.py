@@ -5,6 +5,7 @@
 The weights load and are saved as those of the dense model; after loading `teal.sparsify` does its work.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from teal.artifacts import check_keys
+from teal.checkpoint import Checkpoint
 from teal.errors import TealError
 from teal.plan import SparsityPlan
 from teal.sparsify import default_level, sparsify
@@ -58,9 +60,16 @@ class TealQuantizer(HfQuantizer):
 
     quantization_config: TealConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.checkpoint_files = kwargs.get("checkpoint_files")
+        return model
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise TealError("parts of the model are offloaded; load it without offloading to make it sparse")
+        if self.checkpoint_files:
+            with suppress(TealError):  # weights that we do not read are known by what is in memory
+                Checkpoint(Path(self.checkpoint_files[0]).parent).note_identity(model)
         model.is_quantized = False  # the weights are not, so .half() and .float() are safe
         return sparsify(model, self.quantization_config.plan, self.quantization_config.level)
 
