@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from helpers import save_tiny
 from safetensors.torch import load_file, save_file
 
 from teal import cli
+from teal.errors import TealError
 from teal.plan import SparsityPlan
 from teal.statistics import ActivationStatistics
 
@@ -777,6 +780,76 @@ class TestBadOutput:
             monkeypatch.setattr(f"teal.{target}", interrupt)
         outcome = refuses(*READS_MODEL[verb], says="interrupted")
         assert outcome.complaints == [says]
+
+    @pytest.mark.parametrize("error", [ValueError("incomplete JSON"), TealError("it is truncated"), None])
+    def test_interrupted_within_native_code(
+        self, error: Exception | None, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which makes another error of KeyboardInterrupt."""
+
+        def interrupted(*_: object) -> None:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if error is not None:
+                    raise error from None
+                raise
+
+        monkeypatch.setattr("teal.blockwalk.StreamedBlocks.block", interrupted)
+        outcome = refuses(*READS_MODEL["calibrate"], says="interrupted")
+        assert outcome.complaints == ["teal: interrupted; finished blocks are kept, repeat the command to continue"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_an_error_of_ours_to_mend_keeps_its_traceback(
+        self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr("teal.blockwalk.StreamedBlocks.block", fail)
+        with pytest.raises(ValueError, match="a bug"):
+            teal(*READS_MODEL["calibrate"])
+
+    def test_a_handler_of_others_stays(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            assert teal("inspect", "model").code == 0
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def test_in_another_thread(self, home: Path) -> None:
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(cli.main(["inspect", "model"])))
+        thread.start()
+        thread.join()
+        assert codes == [0]
+
+    def test_ctrl_c_in_a_chat_ends_the_answer(
+        self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from teal.commands import chat
+
+        answer, asked = chat._answer, []
+
+        def interrupted_once(*arguments: Any) -> dict[str, object]:
+            asked.append(arguments)
+            if len(asked) > 1:
+                return answer(*arguments)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ValueError("from the tokenizer") from None
+            return {}
+
+        monkeypatch.setattr(chat, "_answer", interrupted_once)
+        lines = b"Hello\nAgain\n/level 2\n"
+        outcome = teal("chat", "model", "--max-new-tokens", "3", "--json", "chat.json", stdin=lines)
+        assert outcome.code == 0
+        assert "(ended and forgotten)" in outcome.err
+        (complaint,) = outcome.complaints
+        assert "sparsity must be" in complaint
+        assert [turn["user"] for turn in json.loads(Path("chat.json").read_text())["turns"]] == ["Again"]
 
     def test_a_spool_of_another_job(
         self, teal: Callable[..., Outcome], refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from teal.errors import TealError, UsageError
+from teal.interrupts import noting_interrupts
 
 VERBS = {
     "demo": "run the whole pipeline on the embedded model and write a report",
@@ -44,30 +45,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what the user must know, our own lines say
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # text of a model may have characters that a terminal has not
-    interrupted = "interrupted"
-    try:
-        parsed = _parse(arguments)
-        interrupted = parsed.interrupted
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            parsed.run(parsed)
-        sys.stdout.flush()
-        return 0
-    except SystemExit as exit_:  # after --help
-        return int(exit_.code or 0)
-    except TealError as error:
-        print(f"teal: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\nteal: {interrupted}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output has gone, as in `teal inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    parsed = argparse.Namespace(interrupted="interrupted")
+    with noting_interrupts() as interrupts:
+        try:
+            _parse(arguments, parsed)
+            parsed.interrupts = interrupts
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                parsed.run(parsed)
+            sys.stdout.flush()
+            return 0
+        except SystemExit as exit_:  # after --help
+            return int(exit_.code or 0)
+        except BrokenPipeError:  # the reader of our output has gone, as in `teal inspect ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (Exception, KeyboardInterrupt) as error:
+            if interrupts.caused(error):
+                print(f"\nteal: {parsed.interrupted}", file=sys.stderr)
+                return 1
+            if isinstance(error, TealError):
+                print(f"teal: {error}", file=sys.stderr)
+                return error.exit_code
+            raise
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of the verb with `run`, its function. Raises UsageError; exits after --help."""
+def _parse(arguments: Sequence[str], parsed: argparse.Namespace) -> None:
+    """Put the verb's options into `parsed`, with `run`, its function. Raises UsageError; exits after --help."""
     parser = _Parser(
         prog="teal",
         description="Training-free activation sparsity for language models.",
@@ -85,12 +89,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             subparser.usage = f"%(prog)s {getattr(command, 'OPERANDS', '[MODEL] ')}[options]"
             subparser.description = command.__doc__
             command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run, interrupted=getattr(command, "INTERRUPTED", "interrupted"))
+            subparser.set_defaults(run=command.run)
+            parsed.interrupted = getattr(command, "INTERRUPTED", parsed.interrupted)
             chosen = subparser
-    parsed, unknown = parser.parse_known_args(arguments)
+    _, unknown = parser.parse_known_args(arguments, parsed)
     if unknown:
         chosen.error(f"unknown arguments: {' '.join(unknown)}")
-    return parsed
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

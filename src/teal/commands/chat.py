@@ -39,10 +39,14 @@ def run(arguments: argparse.Namespace) -> None:
                 answer = _answer(model, asked, arguments)
                 messages = [*asked, {"role": "assistant", "content": str(answer["text"]).strip()}]
                 turns.append({"user": line, **answer})
-        except TealError as error:  # a turn that fails ends the turn, not the chat
-            print(f"teal: {error}", file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\n(ended and forgotten)", file=sys.stderr)
+        except (Exception, KeyboardInterrupt) as error:  # a turn that fails ends the turn, not the chat
+            if arguments.interrupts.caused(error):
+                arguments.interrupts.forget()
+                print("\n(ended and forgotten)", file=sys.stderr)
+            elif isinstance(error, TealError):
+                print(f"teal: {error}", file=sys.stderr)
+            else:
+                raise
     common.write_result(arguments, {"turns": turns})
 
 
