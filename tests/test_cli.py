@@ -722,6 +722,39 @@ class TestBadOutput:
         refuses(*arguments, "--json", "model", says="cannot write model: it is a directory; name a file")
         refuses(*arguments, "--json", "text.txt/x.json", says="cannot write text.txt/x.json")
 
+    @pytest.mark.parametrize(
+        ("arguments", "target"),
+        [
+            (["calibrate", "model", "--text", "text.txt"], "text.txt"),
+            (["calibrate", "model", "--text", "-", "text.txt"], "other/../text.txt"),
+            (["calibrate", "model", "--text", "."], "text.txt"),
+            (["calibrate", "model", "--merge", "teal-model/statistics.safetensors"], STATISTICS),
+            (["allocate", "model"], STATISTICS),
+            (["allocate", "model", "--statistics", "teal-wider/statistics.safetensors"], "link"),
+            (["allocate", "model"], "model/config.json"),
+            (["evaluate", "model"], PLAN),
+            (["evaluate", "model", "--plan", "teal-wider/plan.json", "teal-model/plan.json"], PLAN),
+            (["evaluate", "model"], "model/model.safetensors"),
+            (["generate", "model", "--prompt", "x"], PLAN),
+            (["chat", "model"], "model/tokenizer.json"),
+            (["bench", "model", "--plan", "teal-model/plan.json"], PLAN),
+            (["inspect", "teal-model/plan.json"], PLAN),
+            (["inspect", "model"], "model/config.json"),
+            (["import-published", "model", "--model", "model/config.json"], "model/config.json"),
+        ],
+    )
+    def test_json_over_an_input(self, arguments: list[str], target: str, refuses: Callable[..., Outcome]) -> None:
+        Path("link").symlink_to("teal-wider/statistics.safetensors")
+        refuses(*arguments, "--json", target, says=f"--json {target} would overwrite what this command reads", code=2)
+
+    @pytest.mark.parametrize("verb", ["calibrate", "allocate"])
+    def test_json_over_the_output(self, verb: str, refuses: Callable[..., Outcome]) -> None:
+        refuses(*READS_MODEL[verb], "--json", "./new", says="--json would overwrite the output new", code=2)
+
+    def test_json_over_an_earlier_result(self, teal: Callable[..., Outcome]) -> None:
+        for _ in range(2):
+            assert teal("inspect", "model", "--json", "model/result.json").code == 0
+
     @pytest.mark.parametrize("verb", ["calibrate", "allocate"])
     def test_no_permission(self, verb: str, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda *_: False)

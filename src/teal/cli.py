@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from teal.commands.common import check_json
 from teal.errors import TealError, UsageError
 from teal.interrupts import noting_interrupts
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             _parse(arguments, parsed)
             parsed.interrupts = interrupts
+            check_json(parsed)
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 parsed.run(parsed)

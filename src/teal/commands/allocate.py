@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--levels", type=common.level, nargs="+", metavar="S", help="the plan's grid of sparsities (default: 0 to 0.9)"
     )
-    common.add_output(parser, "plan.json")
+    common.add_output(parser, common.PLAN)
     common.add_text(parser, "the embedded calibration text")
     parser.add_argument(
         "--tokens", type=common.positive, default=2048, help="tokens that greedy measures on (default: 2048)"
@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.sparsify import check_weights
     from teal.statistics import ActivationStatistics
 
-    output = common.output_path(arguments, "plan.json")
+    output = common.output_path(arguments, common.PLAN)
     directory = resolve_model(arguments.model)
-    path = arguments.statistics or common.work_directory(arguments.model) / "statistics.safetensors"
+    path = arguments.statistics or common.work_directory(arguments.model) / common.STATISTICS
     if arguments.statistics is None and not path.exists():
         calibrate = common.command_for("calibrate", arguments.model)
         raise TealError(f"no statistics at {path}; run {calibrate} first, or name them with --statistics")

@@ -18,7 +18,7 @@ INTERRUPTED = "interrupted; finished blocks are kept, repeat the command to cont
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_text(parser, "the embedded calibration text")
-    common.add_output(parser, "statistics.safetensors")
+    common.add_output(parser, common.STATISTICS)
     parser.add_argument(
         "--tokens", type=common.positive, default=20480, help="tokens to read, in whole blocks (default: 20480)"
     )
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.data import CALIBRATION_TEXT
     from teal.statistics import ActivationStatistics
 
-    output = common.output_path(arguments, "statistics.safetensors")
+    output = common.output_path(arguments, common.STATISTICS)
     earlier = [ActivationStatistics.load(path) for path in arguments.merge or []]
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(

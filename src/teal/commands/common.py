@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from teal.data import TokenBlocks
     from teal.plan import SparsityPlan
 
+STATISTICS, PLAN = "statistics.safetensors", "plan.json"  # in a model's work directory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_LEVELS = (0.25, 0.4, 0.5, 0.65)
+INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text")  # arguments that name what is read
+READ_BESIDE_WEIGHTS = ("*config.json", "*.index.json", "tok*.json", "vocab.json", "plan.json", "teal.json")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +81,36 @@ def json_target(text: str) -> str:
     return text
 
 
+def check_json(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if --json would overwrite what the command reads."""
+    if getattr(arguments, "json", None) in (None, "-"):
+        return
+    target = Path(arguments.json)
+    for name in _inputs(arguments):
+        if _is_same(target, name) or _is_read_in(target, name):
+            raise UsageError(f"--json {target} would overwrite what this command reads; name another file")
+
+
+def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
+    for option in INPUTS:
+        given = getattr(arguments, option, None)
+        yield from map(Path, given if isinstance(given, list) else [] if given is None else [given])
+    for option, default in (("plan", PLAN), ("statistics", STATISTICS)):
+        if getattr(arguments, option, True) is None:
+            yield work_directory(arguments.model) / default
+
+
+def _is_same(target: Path, other: Path) -> bool:
+    return target.resolve() == other.resolve() or (target.exists() and other.exists() and target.samefile(other))
+
+
+def _is_read_in(target: Path, directory: Path) -> bool:
+    """Whether `target` is a file that a verb may read in the directory of a model or of texts."""
+    if not directory.is_dir() or not target.exists() or directory.resolve() not in target.resolve().parents:
+        return False
+    return target.suffix != ".json" or any(target.match(pattern) for pattern in READ_BESIDE_WEIGHTS)
+
+
 def level(text: str) -> float:
     """A sparsity on the command line."""
     try:
@@ -121,6 +155,8 @@ def output_path(arguments: argparse.Namespace, default: str) -> Path:
 
     path = arguments.output or work_directory(arguments.model) / default
     check_writable(path)
+    if arguments.json not in (None, "-") and _is_same(Path(arguments.json), path):
+        raise UsageError(f"--json would overwrite the output {path}; name another file")
     if path.exists() and not arguments.overwrite:
         raise TealError(f"{path} exists; name another --output or pass --overwrite")
     return path
@@ -164,7 +200,7 @@ def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
     """The plan that was named, or the model's own in its work directory."""
     from teal.plan import SparsityPlan
 
-    path = arguments.plan or work_directory(arguments.model) / "plan.json"
+    path = arguments.plan or work_directory(arguments.model) / PLAN
     if arguments.plan is None and not path.exists():
         calibrate, allocate = (command_for(verb, arguments.model) for verb in ("calibrate", "allocate"))
         raise TealError(f"no plan at {path}; run {calibrate} and {allocate} first, or name one with --plan")

@@ -18,7 +18,7 @@ OPERANDS = "DIR --model CONFIG "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds histograms/ and, for greedy, lookup/")
     parser.add_argument("--model", required=True, metavar="CONFIG", help="the model's directory or its config.json")
-    common.add_output(parser, "plan.json")
+    common.add_output(parser, common.PLAN)
     common.add_json(parser)
 
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     path = Path(arguments.model)
     arguments.model = str(path.parent.resolve() if path.suffix == ".json" else path)
-    output = common.output_path(arguments, "plan.json")
+    output = common.output_path(arguments, common.PLAN)
     plan, implied = import_published(arguments.directory, structure_from_config(path))
     plan.save(output)
     rows = [[f"{level:g}", f"{plan.expected_sparsity(level):.4f}", f"{implied[level]:.4f}"] for level in plan.levels]
