@@ -13,7 +13,7 @@ from teal.benchmark import Benchmark, benchmark, bytes_per_token, check_products
 from teal.engine.load import load_engine
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import identify
 
 PROMPT = [0, 5, 6, 7]

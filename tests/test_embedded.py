@@ -43,7 +43,7 @@ def test_quality_dense_and_at_a_quarter():
 def test_it_writes_words():
     engine = load_engine(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    text = generate(engine, tokenizer, encode_prompt(tokenizer, "The city of"), 30).text
+    text = generate(engine, tokenizer, encode_prompt(tokenizer, "The city of"), 30).result.text
     words = [word.strip('.,"()') for word in text.split()]
     assert len(words) > 10
     assert sum(word.isalpha() for word in words) > len(words) / 2

@@ -17,7 +17,7 @@ from teal.evaluation import Evaluation, evaluate, mean_and_error
 from teal.linear import sparse_layers
 from teal.ops.reference import drop_small, keep_mask
 from teal.plan import SparsityPlan
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import ModelStructure, identify
 
 TOKENS = random_tokens(3, 20, seed=5)

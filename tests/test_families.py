@@ -5,7 +5,7 @@ import torch
 from helpers import FAMILIES, MaskedByHand, decode_logits, generate, random_tokens, tiny_model, tiny_plan
 
 from teal.linear import sparse_layers
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import ModelStructure
 
 IDS = random_tokens(rows=2, length=10)

@@ -113,7 +113,7 @@ class TestSettings:
 class TestFiles:
     @pytest.mark.parametrize("vectors", [False, True], ids=["plain", "vectors"])
     def test_round_trip(self, tmp_path: Path, vectors: bool) -> None:
-        plan = random_plan(IDENTITY, vectors=vectors).with_details(text="some text", tokens=12)
+        plan = replace(random_plan(IDENTITY, vectors=vectors), details={"text": "some text", "tokens": 12})
         plan.save(tmp_path / "plan.json")
         assert sorted(path.name for path in tmp_path.iterdir()) == (
             ["plan.json", "plan.vectors.safetensors"] if vectors else ["plan.json"]

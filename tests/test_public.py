@@ -30,7 +30,7 @@ def test_a_name_that_there_is_not() -> None:
         teal.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["sparsify", "evaluation", "calibration"])
+@pytest.mark.parametrize("name", ["sparse_model", "evaluation", "calibration", "allocation"])
 def test_importing_a_module_does_not_hide_a_function(name: str) -> None:
     module = importlib.import_module(f"teal.{name}")
     assert isinstance(module, ModuleType)

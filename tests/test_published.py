@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from teal.errors import TealError
 from teal.plan import DENSE, SparsityPlan
 from teal.published import HIGHEST, Histogram, import_published
-from teal.sparsify import sparsify
+from teal.sparse_model import sparsify
 from teal.structure import ModelStructure
 
 TOKENS, BINS = 30, 40

@@ -18,7 +18,7 @@ from teal.errors import TealError, UsageError
 from teal.evaluation import evaluate
 from teal.linear import SparseLinear
 from teal.ops.packed import RowMajorWeight
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import identify
 
 IDS = random_tokens(rows=2, length=24)

@@ -3,9 +3,7 @@
 Importing this package is cheap: torch and transformers load with the first name that needs them.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from teal.integrations import register_with_transformers
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from teal.evaluation import evaluate
     from teal.integrations.transformers import TealConfig
     from teal.plan import SparsityPlan
-    from teal.sparsify import load, save, set_sparsity, sparsify
+    from teal.sparse_model import load, save, set_sparsity, sparsify
     from teal.statistics import ActivationStatistics
 
 __all__ = [
@@ -39,10 +37,10 @@ _HOME = {
     "allocate": "teal.allocation",
     "calibrate": "teal.calibration",
     "evaluate": "teal.evaluation",
-    "load": "teal.sparsify",
-    "save": "teal.sparsify",
-    "set_sparsity": "teal.sparsify",
-    "sparsify": "teal.sparsify",
+    "load": "teal.sparse_model",
+    "save": "teal.sparse_model",
+    "set_sparsity": "teal.sparse_model",
+    "sparsify": "teal.sparse_model",
 }
 
 
@@ -58,14 +56,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(ModuleType):
-    """Importing the module teal.sparsify binds that name here to the module; the public function keeps it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 register_with_transformers()

@@ -19,7 +19,7 @@ from teal.ops import reference
 from teal.ops.sparse_gemv import sparse_gemv
 from teal.plan import SparsityPlan
 from teal.progress import track
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
 
 FORMAT = "teal.benchmark"

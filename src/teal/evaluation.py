@@ -18,7 +18,7 @@ from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear, sparse_from
 from teal.plan import SparsityPlan
 from teal.progress import track
-from teal.sparsify import apply_plan, check_plan, default_level, sparsify
+from teal.sparse_model import apply_plan, check_plan, plan_of, set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
 from teal.structure import ModelIdentity
 
@@ -118,6 +118,24 @@ def evaluate(
     ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
     check_tokens(ids, model)
+    _check_request(ids, plans, levels, dense_tokens)
+    identity = _make_sparse(model, list(plans.values()), strict)
+    runs = [
+        _Run(name, plan, level, _Scores(), SparsityMeter(model))
+        for name, plan in plans.items()
+        for level in dict.fromkeys(levels)
+    ]
+    dense = _Scores()
+    with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model):
+        for row in track(ids, "evaluating sequences", len(ids), show_progress):
+            _score(model, row.to(next(model.parameters()).device), dense_tokens, dense, runs)
+    perplexity, error = dense.perplexity()
+    measurements = [_measure(run, dense) for run in runs]
+    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    return Evaluation(perplexity, error, dense.nll, measurements, _rule(model, ids, dense_tokens), identity, details)
+
+
+def _check_request(ids: Tensor, plans: Mapping[str, SparsityPlan], levels: Sequence[float], dense_tokens: int) -> None:
     if not 0 <= dense_tokens <= ids.shape[1] - 2:
         raise UsageError(
             f"dense_tokens must be between 0 and {ids.shape[1] - 2} for sequences of {ids.shape[1]} tokens"
@@ -127,32 +145,22 @@ def evaluate(
     for plan in plans.values():
         for level in levels:
             plan.settings(level)  # a level outside the plan fails now, not in the middle
-    first, *unchecked = plans.values()
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
-        unchecked.append(first)
-    else:
-        sparsify(model, first, 0.0, strict=strict)
+
+
+def _make_sparse(model: nn.Module, plans: Sequence[SparsityPlan], strict: bool) -> ModelIdentity:
+    """Make a dense model sparse and check every plan against it; returns the model's identity."""
+    unchecked = list(plans)
+    if not any(isinstance(module, SparseLinear) for module in model.modules()):
+        sparsify(model, unchecked.pop(0), 0.0, strict=strict)
     identity: Any = model.sparsity_identity
     for plan in unchecked:
         check_plan(plan, identity, strict)
-    runs = [(name, level) for name in plans for level in dict.fromkeys(levels)]
-    scores = {run: _Scores() for run in runs}
-    meters = {run: SparsityMeter(model) for run in runs}
-    dense_scores = _Scores()
-    device = next(model.parameters()).device
-    with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model, first):
-        for row in track(ids, "evaluating sequences", len(ids), show_progress):
-            row = row.to(device)
-            apply_plan(model, first, 0.0)
-            dense = _logits(model, row, dense_tokens)
-            targets = row[dense_tokens + 1 :]
-            dense_scores.add(dense, dense, targets)
-            for name, level in runs:
-                apply_plan(model, plans[name], level)
-                with meters[name, level].measuring():
-                    sparse = _logits(model, row, dense_tokens)
-                scores[name, level].add(sparse, dense, targets)
-    rule = {
+    return identity
+
+
+def _rule(model: nn.Module, ids: Tensor, dense_tokens: int) -> dict[str, Any]:
+    """Which tokens were sparse and which predictions counted."""
+    return {
         "dense_tokens": dense_tokens,
         "sparse": f"every position from {dense_tokens} on, as if decoded; earlier positions dense",
         "counted": f"predictions made at positions {dense_tokens} to {ids.shape[1] - 2} of each sequence",
@@ -161,13 +169,6 @@ def evaluate(
         "tokens_counted": ids.shape[0] * (ids.shape[1] - 1 - dense_tokens),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-    measurements = [
-        _measure(name, level, plans[name], scores[name, level], dense_scores, meters[name, level])
-        for name, level in runs
-    ]
-    perplexity, error = dense_scores.perplexity()
-    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
-    return Evaluation(perplexity, error, dense_scores.nll, measurements, rule, identity, details)
 
 
 def _logits(model: nn.Module, row: Tensor, dense_tokens: int) -> Tensor:
@@ -203,6 +204,30 @@ class _Scores:
         return _exp(mean), _exp(mean) * error
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One plan at one level, while the sequences go through."""
+
+    name: str
+    plan: SparsityPlan
+    level: float
+    scores: _Scores
+    meter: SparsityMeter
+
+
+def _score(model: nn.Module, row: Tensor, dense_tokens: int, dense: _Scores, runs: Sequence[_Run]) -> None:
+    """One sequence [L], dense and then at every run's level, each scored against the dense logits."""
+    targets = row[dense_tokens + 1 :]
+    apply_plan(model, plan_of(model), 0.0)
+    expected = _logits(model, row, dense_tokens)
+    dense.add(expected, expected, targets)
+    for run in runs:
+        apply_plan(model, run.plan, run.level)
+        with run.meter.measuring():
+            found = _logits(model, row, dense_tokens)
+        run.scores.add(found, expected, targets)
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; the error of a single value is NaN-free zero."""
     mean = sum(values) / len(values)
@@ -216,18 +241,17 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 600.0))
 
 
-def _measure(
-    name: str, level: float, plan: SparsityPlan, scores: _Scores, dense: _Scores, meter: SparsityMeter
-) -> Measurement:
+def _measure(run: _Run, dense: _Scores) -> Measurement:
+    scores = run.scores
     perplexity, perplexity_error = scores.perplexity()
     difference, difference_error = mean_and_error([a - b for a, b in zip(scores.nll, dense.nll, strict=True)])
     kl, kl_error = mean_and_error(scores.kl)
     top1, top1_error = mean_and_error(scores.top1)
     return Measurement(
-        plan=name,
-        level=level,
-        expected_sparsity=plan.expected_sparsity(level),
-        sparsity=meter.sparsity(),
+        plan=run.name,
+        level=run.level,
+        expected_sparsity=run.plan.expected_sparsity(run.level),
+        sparsity=run.meter.sparsity(),
         perplexity=perplexity,
         perplexity_error=perplexity_error,
         increase=100 * math.expm1(min(difference, 600.0)),
@@ -236,16 +260,15 @@ def _measure(
         kl_error=kl_error,
         top1_agreement=top1,
         top1_error=top1_error,
-        projections=meter.projections(),
+        projections=run.meter.projections(),
         nll=scores.nll,
     )
 
 
 @contextmanager
-def _restoring(model: nn.Module, plan: SparsityPlan) -> Iterator[None]:
+def _restoring(model: nn.Module) -> Iterator[None]:
     """Bring the model's own plan and level back at the end."""
     try:
         yield
     finally:
-        before = getattr(model, "sparsity_plan", plan)
-        apply_plan(model, before, getattr(model, "sparsity_level", default_level(before)))
+        set_sparsity(model, model.sparsity_level)  # pyright: ignore[reportArgumentType]

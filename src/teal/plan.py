@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,6 @@ class SparsityPlan:
             vectors, header = read_tensors(beside)
             check_header(header, FORMAT + ".vectors", VERSION, beside)
         return cls.from_json(payload, path, vectors)
-
-    def with_details(self, **details: Any) -> "SparsityPlan":
-        return replace(self, details={**self.details, **details})
 
     def _payload(self) -> dict[str, Any]:
         blocks = [

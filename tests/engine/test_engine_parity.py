@@ -6,7 +6,7 @@ from engine_models import VARIANTS, random_model
 from helpers import decode_logits, generate, random_tokens, tiny_plan
 
 from teal.engine import SamplingConfig, decode_tokens, load_engine
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 PROMPT, TOTAL = 11, 18

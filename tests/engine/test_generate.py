@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import BEGIN, END, VOCABULARY, random_tokens
 
-from teal.engine import DecodeState, SamplingConfig, decode_tokens, generate, load_engine, stream
+from teal.engine import DecodeState, SamplingConfig, decode_tokens, generate, load_engine
 from teal.engine.cache import KVCache
 from teal.engine.generate import _one_ahead
 from teal.errors import TealError, UsageError
@@ -47,7 +47,7 @@ def say(tokenizer):
 
     def run(text, limit=100, **options):
         script = tokenizer(text, add_special_tokens=False).input_ids
-        return stream(ScriptedEngine(script), tokenizer, [BEGIN], limit, **options)
+        return generate(ScriptedEngine(script), tokenizer, [BEGIN], limit, **options)
 
     return run
 
@@ -95,16 +95,16 @@ def test_the_beginning_of_a_stop_string_appears_once_the_text_ends(say):
 
 def test_nothing_is_computed_after_the_end(tokenizer):
     engine = ScriptedEngine([40, 41, END])
-    assert generate(engine, tokenizer, [BEGIN], 50).token_ids == (40, 41, END)
+    assert generate(engine, tokenizer, [BEGIN], 50).result.token_ids == (40, 41, END)
     assert engine.steps == 2
     engine = ScriptedEngine([40, 41, 42])
-    assert generate(engine, tokenizer, [BEGIN], 3).finish_reason == "length"
+    assert generate(engine, tokenizer, [BEGIN], 3).result.finish_reason == "length"
     assert engine.steps == 2
 
 
 def test_end_of_text_can_be_ignored(tokenizer):
     engine = ScriptedEngine([40, END, 41])
-    result = generate(engine, tokenizer, [BEGIN], 3, ignore_eos=True)
+    result = generate(engine, tokenizer, [BEGIN], 3, ignore_eos=True).result
     assert (result.token_ids, result.finish_reason) == ((40, END, 41), "length")
 
 
@@ -147,8 +147,8 @@ def test_a_state_serves_one_generation_at_a_time(checkpoint):
 def test_the_same_seed_gives_the_same_text(checkpoint, tokenizer):
     engine = load_engine(checkpoint("llama-linear"))
     sampling = SamplingConfig(temperature=1.0, top_p=0.95, seed=11)
-    texts = {generate(engine, tokenizer, PROMPT, 20, sampling, ignore_eos=True).text for _ in range(2)}
-    other = generate(engine, tokenizer, PROMPT, 20, replace(sampling, seed=12), ignore_eos=True).text
+    texts = {generate(engine, tokenizer, PROMPT, 20, sampling, ignore_eos=True).result.text for _ in range(2)}
+    other = generate(engine, tokenizer, PROMPT, 20, replace(sampling, seed=12), ignore_eos=True).result.text
     assert len(texts | {other}) == 2
 
 

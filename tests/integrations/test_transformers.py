@@ -15,7 +15,7 @@ from teal.checkpoint import Checkpoint
 from teal.errors import TealError
 from teal.linear import SparseLinear, sparse_layers
 from teal.plan import SparsityPlan
-from teal.sparsify import set_sparsity, sparsify
+from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import identify
 
 IDS = random_tokens(rows=2, length=5)
@@ -62,11 +62,6 @@ assert AUTO_QUANTIZER_MAPPING["teal"].__name__ == "TealQuantizer"
 assert not [finder for finder in sys.meta_path if "teal" in type(finder).__module__]
 """
         run_python(code)
-
-    def test_public_functions_keep_their_names_beside_modules_of_the_same_name(self) -> None:
-        import teal.sparsify  # binds the module to the name
-
-        assert teal.sparsify is sparsify
 
     def test_offers_at_most_ten_names_and_all_of_them_exist(self) -> None:
         assert len(teal.__all__) <= 10

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.data import CALIBRATION_TEXT
     from teal.errors import TealError
     from teal.plan import level_grid
-    from teal.sparsify import check_weights
+    from teal.sparse_model import check_weights
     from teal.statistics import ActivationStatistics
 
     output = common.output_path(arguments, common.PLAN)

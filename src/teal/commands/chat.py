@@ -63,7 +63,7 @@ def _ask() -> str | None:
 
 
 def _turn_level(model: TextModel, line: str) -> None:
-    from teal.sparsify import set_sparsity
+    from teal.sparse_model import set_sparsity
 
     if model.plan is None:
         raise UsageError("this chat is dense; start it without --dense to turn the level")

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.engine.sampling import SamplingConfig
     from teal.engine.text import encode_prompt
     from teal.evaluation import evaluate as measure
-    from teal.sparsify import set_sparsity, sparsify
+    from teal.sparse_model import set_sparsity, sparsify
 
     started = time.monotonic()
     out: Path = arguments.output
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     samples = []
     for level in (0.0, *common.DEFAULT_LEVELS):
         set_sparsity(engine, level)
-        text = generate(engine, tokenizer, prompt_ids, 60, sampling).text
+        text = generate(engine, tokenizer, prompt_ids, 60, sampling).result.text
         samples.append({"level": level, "prompt": PROMPT, "text": text})
         common.say(arguments, f"\nsparsity {level:g}: {PROMPT}{text}")
     common.say(arguments, "")

@@ -63,7 +63,7 @@ class TextModel:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         from teal.checkpoint import load_tokenizer, resolve_model
-        from teal.sparsify import default_level
+        from teal.sparse_model import default_level
 
         if arguments.dense and (arguments.plan is not None or arguments.level is not None):
             raise UsageError("--dense is without sparsity: leave out --plan and --level, or --dense")
@@ -82,7 +82,7 @@ class TextModel:
 
     def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
         from teal.engine.load import DEFAULT_CONTEXT, load_engine
-        from teal.sparsify import set_sparsity, sparsify
+        from teal.sparse_model import set_sparsity, sparsify
 
         dtype = common.dtype_of(arguments)
         try:
@@ -107,7 +107,7 @@ class TextModel:
 
         Raises TealError for a prompt that fills the context.
         """
-        from teal.engine.generate import stream
+        from teal.engine.generate import generate
 
         room = self.context - len(prompt_ids)
         if room < 1:
@@ -119,7 +119,7 @@ class TextModel:
         statistics: dict[str, Any] = {"level": self.level, "prompt_tokens": len(prompt_ids)}
         if self.engine is None:
             return TextStream(self._transformers_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
-        generation = stream(self.engine, self.tokenizer, prompt_ids, max_new_tokens, self.sampling, stop)
+        generation = generate(self.engine, self.tokenizer, prompt_ids, max_new_tokens, self.sampling, stop)
         return TextStream(self._engine_pieces(generation, statistics), statistics)
 
     def _engine_pieces(self, generation: "Generation", statistics: dict[str, Any]) -> Iterator[str]:

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import EMBEDDED_MODEL
-    from teal.sparsify import PLAN_FILE, SETTINGS_FILE
+    from teal.sparse_model import PLAN_FILE, SETTINGS_FILE
 
     path = Path(arguments.path or EMBEDDED_MODEL)
     if path.is_file():
@@ -68,7 +68,7 @@ def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     from teal.plan import SparsityPlan
-    from teal.sparsify import default_level
+    from teal.sparse_model import default_level
 
     plan = SparsityPlan.load(path)
     level = default_level(plan) if arguments.level is None else arguments.level

@@ -1,6 +1,6 @@
 """The decode engine: Hugging Face checkpoints, dense prefill, sparse decode over a static KV cache."""
 
-from teal.engine.generate import DecodeState, Generation, GenerationResult, decode_tokens, generate, stream
+from teal.engine.generate import DecodeState, Generation, GenerationResult, decode_tokens, generate
 from teal.engine.load import load_engine
 from teal.engine.sampling import SamplingConfig
 from teal.engine.text import encode_chat, encode_prompt
@@ -15,5 +15,4 @@ __all__ = [
     "encode_prompt",
     "generate",
     "load_engine",
-    "stream",
 ]

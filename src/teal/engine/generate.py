@@ -206,28 +206,6 @@ class Generation(Iterator[str]):
         return self._result
 
 
-def stream(
-    engine: DecoderModel,
-    tokenizer: Any,
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    sampling: SamplingConfig | None = None,
-    stop: Sequence[str] = (),
-    *,
-    ignore_eos: bool = False,
-    state: DecodeState | None = None,
-) -> Generation:
-    """Generate text piece by piece: `for piece in (generation := stream(...))`, then `generation.result`.
-
-    Ends at the model's end of text, before the first of the `stop` strings, or after `max_new_tokens`. Pieces
-    hold whole characters and no part of a stop string. Raises as `decode_tokens` does.
-    """
-    tokens = decode_tokens(engine, prompt_ids, max_new_tokens, sampling, ignore_eos=ignore_eos, state=state)
-    ends = () if ignore_eos else engine.config.eos_token_ids
-    detokenizer, stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stop)
-    return Generation(_pieces(tokens, len(prompt_ids), ends, detokenizer, stops))
-
-
 def generate(
     engine: DecoderModel,
     tokenizer: Any,
@@ -238,11 +216,16 @@ def generate(
     *,
     ignore_eos: bool = False,
     state: DecodeState | None = None,
-) -> GenerationResult:
-    """Generate text at once; arguments, end and errors are those of `stream`."""
-    return stream(
-        engine, tokenizer, prompt_ids, max_new_tokens, sampling, stop, ignore_eos=ignore_eos, state=state
-    ).result
+) -> Generation:
+    """Generate text: at once, `generate(...).result`, or piece by piece, `for piece in (generation := generate(...))`.
+
+    Ends at the model's end of text, before the first of the `stop` strings, or after `max_new_tokens`. Pieces
+    hold whole characters and no part of a stop string. Raises as `decode_tokens` does.
+    """
+    tokens = decode_tokens(engine, prompt_ids, max_new_tokens, sampling, ignore_eos=ignore_eos, state=state)
+    ends = () if ignore_eos else engine.config.eos_token_ids
+    detokenizer, stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stop)
+    return Generation(_pieces(tokens, len(prompt_ids), ends, detokenizer, stops))
 
 
 def _pieces(

@@ -13,7 +13,7 @@ from teal.engine.config import EngineConfig
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
 from teal.plan import SparsityPlan
-from teal.sparsify import sparsify
+from teal.sparse_model import sparsify
 
 DEFAULT_CONTEXT = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ from teal.artifacts import check_keys
 from teal.checkpoint import Checkpoint
 from teal.errors import TealError
 from teal.plan import SparsityPlan
-from teal.sparsify import default_level, sparsify
+from teal.sparse_model import default_level, sparsify
 
 METHOD = "teal"
 

@@ -14,7 +14,7 @@ from torch import nn
 from teal.errors import TealError
 from teal.linear import sparse_layers
 from teal.plan import DENSE, SparsityPlan
-from teal.sparsify import PLAN_FILE, SETTINGS_FILE, load, plan_of, save, set_sparsity, sparsify
+from teal.sparse_model import PLAN_FILE, SETTINGS_FILE, load, plan_of, save, set_sparsity, sparsify
 
 IDS = random_tokens(rows=2, length=8)
 
