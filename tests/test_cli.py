@@ -367,7 +367,8 @@ class TestPipeline:
         assert too_long.code == 1
 
 
-def test_demo(teal: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline on the embedded model, with less of everything."""
     from teal import allocation, benchmark, data
 
@@ -376,6 +377,10 @@ def test_demo(teal: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(benchmark, "benchmark", lambda *a, **o: measure(*a, **o, new_tokens=3, repeats=1))
     monkeypatch.setattr(allocation, "GreedyConfig", lambda step: greedy(step=0.1))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo(teal: Callable[..., Outcome]) -> None:
     result = teal("demo", "--json", "-")
     assert result.code == 0
     assert set(json.loads(result.out)) == {"output", "seconds", "evaluation", "bench", "samples"}
@@ -385,6 +390,34 @@ def test_demo(teal: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.
         assert teal("inspect", f"teal-demo/{name}").code == 0
     again = teal("demo")
     assert again.complaints == ["teal: teal-demo exists and is not empty; name another --output or pass --overwrite"]
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_an_interrupted_demo_continues(teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its steps in turn; what was finished is not done again."""
+    out = Path("teal-demo")
+    steps = {
+        "statistics.ActivationStatistics.save": [],
+        "evaluation._logits": ["statistics.safetensors", "uniform.json", "blockwise.json"],
+        "benchmark.read_bandwidth": ["statistics.safetensors", "uniform.json", "blockwise.json", "evaluation.json"],
+    }
+    for target, finished in steps.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(f"teal.{target}", interrupt)
+            outcome = teal("demo")
+        assert outcome.complaints == [
+            "teal: interrupted; finished steps are kept, repeat the command without --overwrite to continue"
+        ]
+        kept = {path.name for path in out.iterdir() if path.suffix != ".partial"}
+        assert kept == {*finished, "unfinished"}
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert teal("demo").code == 0
+    assert not (out / "unfinished").exists()
+    for name in ("statistics.safetensors", "blockwise.json", "evaluation.json"):
+        assert (out / name).stat().st_mtime_ns == before[name]
+    assert teal("demo", "--overwrite").code == 0
+    assert all((out / name).stat().st_mtime_ns != before[name] for name in before if name != "unfinished")
+    assert not [path for path in out.iterdir() if path.suffix == ".partial"]
 
 
 READS_MODEL = {

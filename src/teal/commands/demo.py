@@ -4,17 +4,34 @@ example:
   teal demo --output teal-demo
 
 Needs no download and a few minutes on two cores. Writes the artifacts and report.md into one directory.
+An interrupted demo, repeated without --overwrite, continues after its last finished step.
 """
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from teal.commands import bench, common, evaluate
 from teal.errors import TealError
 
+if TYPE_CHECKING:
+    from teal.benchmark import Benchmark
+    from teal.data import TokenBlocks
+    from teal.engine.model import DecoderModel
+    from teal.evaluation import Evaluation
+    from teal.plan import SparsityPlan
+    from teal.statistics import ActivationStatistics
+
 OPERANDS = ""
+INTERRUPTED = "interrupted; finished steps are kept, repeat the command without --overwrite to continue"
 PROMPT = "The city of"
+UNFINISHED = "unfinished"  # marks the output until the report is written
+STATISTICS, UNIFORM, BLOCKWISE = "statistics.safetensors", "uniform.json", "blockwise.json"
+EVALUATION, BENCH, REPORT = "evaluation.json", "bench.json", "report.md"
+
+Result = TypeVar("Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,81 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from teal import report
-    from teal.allocation import GreedyConfig, allocate
-    from teal.artifacts import check_writable, write_atomically, write_json
-    from teal.benchmark import benchmark
-    from teal.calibration import calibrate
-    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
-    from teal.data import CALIBRATION_TEXT, EVALUATION_TEXT, token_blocks
-    from teal.engine.generate import generate
+    from teal.checkpoint import EMBEDDED_MODEL
     from teal.engine.load import load_engine
-    from teal.engine.sampling import SamplingConfig
-    from teal.engine.text import encode_prompt
-    from teal.evaluation import evaluate as measure
-    from teal.sparse_model import set_sparsity, sparsify
+    from teal.sparse_model import sparsify
 
     started = time.monotonic()
     out: Path = arguments.output
-    if out.exists() and not (out.is_dir() and (arguments.overwrite or not any(out.iterdir()))):
-        raise TealError(f"{out} exists and is not empty; name another --output or pass --overwrite")
-    check_writable(out / "report.md")
-
-    tokenizer = load_tokenizer(EMBEDDED_MODEL)
-    many = token_blocks([CALIBRATION_TEXT], tokenizer, length=512, count=40, seed=0)
-    statistics = calibrate(EMBEDDED_MODEL, many, show_progress=True)
-    statistics.save(out / "statistics.safetensors")
-
-    few = token_blocks([CALIBRATION_TEXT], tokenizer, length=512, count=2, seed=0)
-    plans = {
-        "uniform": allocate(statistics, "uniform"),
-        "blockwise": allocate(
-            statistics,
-            "blockwise",
-            model=EMBEDDED_MODEL,
-            tokens=few,
-            greedy=GreedyConfig(step=0.01),
-            show_progress=True,
-        ),
-    }
-    for name, plan in plans.items():
-        plan.save(out / f"{name}.json")
-
-    sequences = token_blocks([EVALUATION_TEXT], tokenizer, length=512, count=32)
-    quality = measure(common.load_model(EMBEDDED_MODEL), sequences, plans, common.DEFAULT_LEVELS, show_progress=True)
+    _claim(out, arguments.overwrite)
+    plans = _plans(out, _statistics(out))
+    quality = _quality(out, plans)
     evaluate.show(arguments, quality)
-    write_json(out / "evaluation.json", quality.to_json())
-
     engine = load_engine(EMBEDDED_MODEL, context=256)
     sparsify(engine, plans["blockwise"], 0.0)
-    prompt_ids = encode_prompt(tokenizer, PROMPT)
-    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=0)
-    samples = []
-    for level in (0.0, *common.DEFAULT_LEVELS):
-        set_sparsity(engine, level)
-        text = generate(engine, tokenizer, prompt_ids, 60, sampling).result.text
-        samples.append({"level": level, "prompt": PROMPT, "text": text})
-        common.say(arguments, f"\nsparsity {level:g}: {PROMPT}{text}")
-    common.say(arguments, "")
-    speed = benchmark(
-        engine, plans["blockwise"], common.DEFAULT_LEVELS, prompt_ids, name="the embedded model", show_progress=True
-    )
+    samples = _samples(arguments, engine)
+    speed = _speed(out, engine, plans["blockwise"])
     bench.show(arguments, speed)
-    write_json(out / "bench.json", speed.to_json())
-
-    sections = [
-        "# teal demo: the embedded model, dense and sparse",
-        "Calibrated on the embedded calibration text, measured on the embedded evaluation text, both held out from "
-        "the model's training. The model has 15 M parameters and is far more sensitive than a model of billions.",
-        report.quality_section(quality),
-        report.allocation_section(plans["blockwise"], 0.5),
-        report.samples_section(samples),
-        report.speed_section(speed),
-    ]
-    page = "\n\n".join(sections) + "\n"
-    write_atomically(out / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+    _write_report(out, quality, plans["blockwise"], samples, speed)
+    (out / UNFINISHED).unlink()
     seconds = time.monotonic() - started
-    common.say(arguments, f"{seconds:.0f} s; artifacts and report: {out}/report.md")
+    common.say(arguments, f"{seconds:.0f} s; artifacts and report: {out / REPORT}")
     common.write_result(
         arguments,
         {
@@ -109,3 +70,149 @@ def run(arguments: argparse.Namespace) -> None:
             "samples": samples,
         },
     )
+
+
+def _claim(out: Path, overwrite: bool) -> None:
+    """Mark the output as ours and unfinished. Raises TealError if it holds anything but an unfinished demo."""
+    from teal.artifacts import check_writable, write_atomically
+    from teal.blockwalk import discard_spool
+
+    if (out / UNFINISHED).is_file() and not overwrite:
+        return
+    if out.exists() and not (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        raise TealError(f"{out} exists and is not empty; name another --output or pass --overwrite")
+    check_writable(out / REPORT)
+    write_atomically(out / UNFINISHED, lambda path: path.write_text("Repeat `teal demo` to continue.\n"))
+    for name in (STATISTICS, UNIFORM, BLOCKWISE, EVALUATION, BENCH, REPORT):
+        (out / name).unlink(missing_ok=True)
+        discard_spool(common.spool_directory(out / name))
+
+
+def _kept(path: Path, load: Callable[[Path], Result], make: Callable[[], Result]) -> Result:
+    """What an interrupted demo has left at `path`, else what `make` gives and writes there."""
+    return load(path) if path.exists() else make()
+
+
+def _calibration_blocks(count: int) -> "TokenBlocks":
+    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
+    from teal.data import CALIBRATION_TEXT, token_blocks
+
+    return token_blocks([CALIBRATION_TEXT], load_tokenizer(EMBEDDED_MODEL), length=512, count=count, seed=0)
+
+
+def _statistics(out: Path) -> "ActivationStatistics":
+    from teal.blockwalk import discard_spool
+    from teal.calibration import calibrate
+    from teal.checkpoint import EMBEDDED_MODEL
+    from teal.statistics import ActivationStatistics
+
+    path = out / STATISTICS
+    spool = common.spool_directory(path)
+
+    def make() -> ActivationStatistics:
+        statistics = calibrate(EMBEDDED_MODEL, _calibration_blocks(40), spool=spool, show_progress=True)
+        statistics.save(path)
+        discard_spool(spool)
+        return statistics
+
+    return _kept(path, ActivationStatistics.load, make)
+
+
+def _plans(out: Path, statistics: "ActivationStatistics") -> dict[str, "SparsityPlan"]:
+    from teal.allocation import GreedyConfig, allocate
+    from teal.blockwalk import discard_spool
+    from teal.checkpoint import EMBEDDED_MODEL
+    from teal.plan import SparsityPlan
+
+    path = out / BLOCKWISE
+    spool = common.spool_directory(path)
+
+    def greedy() -> SparsityPlan:
+        plan = allocate(
+            statistics,
+            "blockwise",
+            model=EMBEDDED_MODEL,
+            tokens=_calibration_blocks(2),
+            greedy=GreedyConfig(step=0.01),
+            spool=spool,
+            show_progress=True,
+        )
+        plan.save(path)
+        discard_spool(spool)
+        return plan
+
+    uniform = allocate(statistics, "uniform")
+    uniform.save(out / UNIFORM)
+    return {"uniform": uniform, "blockwise": _kept(path, SparsityPlan.load, greedy)}
+
+
+def _quality(out: Path, plans: dict[str, "SparsityPlan"]) -> "Evaluation":
+    from teal.artifacts import read_json, write_json
+    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
+    from teal.data import EVALUATION_TEXT, token_blocks
+    from teal.evaluation import Evaluation
+    from teal.evaluation import evaluate as measure
+
+    def make() -> Evaluation:
+        sequences = token_blocks([EVALUATION_TEXT], load_tokenizer(EMBEDDED_MODEL), length=512, count=32)
+        model = common.load_model(EMBEDDED_MODEL)
+        quality = measure(model, sequences, plans, common.DEFAULT_LEVELS, show_progress=True)
+        write_json(out / EVALUATION, quality.to_json())
+        return quality
+
+    return _kept(out / EVALUATION, lambda path: Evaluation.from_json(read_json(path), path), make)
+
+
+def _samples(arguments: argparse.Namespace, engine: "DecoderModel") -> list[dict[str, Any]]:
+    """The same prompt continued at each level."""
+    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
+    from teal.engine.generate import generate
+    from teal.engine.sampling import SamplingConfig
+    from teal.engine.text import encode_prompt
+    from teal.sparse_model import set_sparsity
+
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=0)
+    samples = []
+    for level in (0.0, *common.DEFAULT_LEVELS):
+        set_sparsity(engine, level)
+        text = generate(engine, tokenizer, encode_prompt(tokenizer, PROMPT), 60, sampling).result.text
+        samples.append({"level": level, "prompt": PROMPT, "text": text})
+        common.say(arguments, f"\nsparsity {level:g}: {PROMPT}{text}")
+    common.say(arguments, "")
+    return samples
+
+
+def _speed(out: Path, engine: "DecoderModel", plan: "SparsityPlan") -> "Benchmark":
+    from teal.artifacts import read_json, write_json
+    from teal.benchmark import Benchmark, benchmark
+    from teal.checkpoint import EMBEDDED_MODEL, load_tokenizer
+    from teal.engine.text import encode_prompt
+
+    def make() -> Benchmark:
+        prompt_ids = encode_prompt(load_tokenizer(EMBEDDED_MODEL), PROMPT)
+        name = "the embedded model"
+        speed = benchmark(engine, plan, common.DEFAULT_LEVELS, prompt_ids, name=name, show_progress=True)
+        write_json(out / BENCH, speed.to_json())
+        return speed
+
+    return _kept(out / BENCH, lambda path: Benchmark.from_json(read_json(path), path), make)
+
+
+def _write_report(
+    out: Path, quality: "Evaluation", plan: "SparsityPlan", samples: Sequence[dict[str, Any]], speed: "Benchmark"
+) -> None:
+    from teal import report
+    from teal.artifacts import write_atomically
+
+    sections = [
+        "# teal demo: the embedded model, dense and sparse",
+        "Calibrated on the embedded calibration text, measured on the embedded evaluation text, both held out from "
+        "the model's training. The model has 15 M parameters and is far more sensitive than a model of billions.",
+        report.quality_section(quality),
+        report.allocation_section(plan, 0.5),
+        report.samples_section(samples),
+        report.speed_section(speed),
+    ]
+    page = "\n\n".join(sections) + "\n"
+    write_atomically(out / REPORT, lambda path: path.write_text(page, encoding="utf-8"))
