@@ -73,6 +73,19 @@ class TestSparseGemv:
         threshold[::7], threshold[1::7] = -1.0, float("inf")
         check(normal(3, 70), packed(layout, 45, 70), threshold, normal(45, seed=2) if with_bias else None)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", [1, 3, MAX_SPARSE_ROWS + 1])
+    def test_the_bias_is_added_before_rounding(self, layout: str, rows: int, dtype: torch.dtype) -> None:
+        """Sums of small integers and eighths are exact in float32: rounded once, every layout gives the same bits."""
+        generator = torch.Generator().manual_seed(0)
+        weight, x = (torch.randint(-9, 10, size, generator=generator).to(dtype) for size in [(45, 70), (rows, 70)])
+        bias = (torch.randint(-99, 99, (45,), generator=generator) / 8).to(dtype)
+        kept = LAYOUTS[layout].pack(weight)
+        expected = reference.sparse_gemv(x, weight, torch.tensor(1.5), bias)
+        assert torch.equal(sparse_gemv(x, kept, torch.tensor(1.5), bias), expected)
+        dense = reference.sparse_gemv(x, weight, torch.tensor(-1.0), bias)
+        assert torch.equal(kept.dense_gemm(x, bias), dense)
+
     def test_ties_are_dropped(self, layout: str) -> None:
         x = torch.tensor([[0.5, -0.5, 0.5000001, 1.0]])
         weight = LAYOUTS[layout].pack(torch.eye(4))

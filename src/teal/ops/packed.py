@@ -119,12 +119,10 @@ class ChannelMajorWeight(PackedWeight):
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         channels = keep_mask(x, threshold).any(dim=0).nonzero().squeeze(1)  # the union over the rows
         kept = drop_small(x, threshold).index_select(1, channels)
-        y = kept @ self.storage[0].index_select(0, channels)
-        return y if bias is None else y + bias
+        return F.linear(kept, self.storage[0].index_select(0, channels).t(), bias)
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x @ self.storage[0]
-        return y if bias is None else y + bias
+        return F.linear(x, self.storage[0].t(), bias)
 
 
 LAYOUTS: dict[str, type[PackedWeight]] = {layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight)}
