@@ -15,6 +15,7 @@ from teal.errors import TealError
 from teal.linear import sparse_layers
 from teal.plan import DENSE, SparsityPlan
 from teal.sparse_model import PLAN_FILE, SETTINGS_FILE, load, plan_of, save, set_sparsity, sparsify
+from teal.structure import identify
 
 IDS = random_tokens(rows=2, length=8)
 
@@ -46,6 +47,26 @@ class TestSparsify:
         sparsify(model, other, 0.25)
         assert plan_of(model) is other
         assert torch.equal(decode_logits(model, IDS), decode_logits(sparsify(tiny_model(), other, 0.25), IDS))
+
+    @pytest.mark.parametrize("layout", ["row_major", "channel_major"])
+    @pytest.mark.parametrize("loaded_inside", [False, True])
+    def test_in_inference_mode(self, loaded_inside: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And then used, turned, moved and loaded outside of it, and the other way round."""
+        monkeypatch.setenv("TEAL_LAYOUT", layout)
+        plan = random_plan(identify(tiny_model()), vectors=True)
+        model = None if loaded_inside else tiny_model()
+        with torch.inference_mode():
+            model = sparsify(model or tiny_model(), plan, 0.5)
+            decode_logits(model, IDS)
+        set_sparsity(model, 0.25)
+        expected = sparsify(tiny_model(), plan, 0.25)
+        assert torch.equal(decode_logits(model, IDS), decode_logits(expected, IDS))
+        with torch.inference_mode():
+            model.to(torch.bfloat16).to(torch.float32)
+            set_sparsity(model, 0.0)
+        set_sparsity(model, 0.75)
+        buffers = [buffer for layer in sparse_layers(model).values() for buffer in layer.buffers()]
+        assert not any(buffer.is_inference() for buffer in buffers)
 
     def test_state_dict_stays_that_of_the_dense_model(self, plan: SparsityPlan) -> None:
         dense, sparse = tiny_model(), sparsify(tiny_model(), plan)

@@ -26,6 +26,7 @@ class SparseLinear(nn.Module):
     threshold: Tensor
     sparse_bias: Tensor | None
 
+    @torch.inference_mode(False)  # buffers made in inference mode could not be changed outside of it
     def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -46,6 +47,8 @@ class SparseLinear(nn.Module):
         """The weight as [N, K]."""
         return self.packed.unpack()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set_threshold(self, threshold: float | Tensor, sparse_bias: Tensor | None = None) -> None:
         """Drop inputs with |x| <= threshold (a number, or one per channel [K]) on sparse tokens.
 
@@ -95,6 +98,7 @@ class SparseLinear(nn.Module):
         for name, tensor in zip(self._storage_names, weight.storage, strict=True):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         threshold, sparse_bias = self.threshold, self.sparse_bias
         super()._apply(fn, recurse)
