@@ -2,6 +2,9 @@
 
 import errno
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,43 @@ class TestWriting:
             write_atomically(path, half)
         assert read_json(path) == {"x": 1}
         assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+    def test_what_a_killed_process_left_goes_with_the_next_write(self, tmp_path: Path) -> None:
+        """In the middle of writing a safetensors file, which has a temporary name of its own. Others' files stay."""
+        code = """
+import os, signal, sys, time
+from pathlib import Path
+from teal.artifacts import write_atomically
+def stop(temporary):
+    (temporary.parent / ".tmpE4xq7P").write_bytes(b"half")
+    print("writing", flush=True)
+    time.sleep(60)
+write_atomically(Path(sys.argv[1]), stop)
+"""
+        path = tmp_path / "x.safetensors"
+        writers = [
+            subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+            for target in (path, path, tmp_path / "y.safetensors")
+        ]
+        try:
+            for writer in writers:
+                assert writer.stdout is not None
+                assert writer.stdout.readline() == b"writing\n"
+            (tmp_path / f".x.safetensors.{platform.node()}-notes.tmp").mkdir()
+            (tmp_path / ".x.safetensors.elsewhere-1-abc.tmp").mkdir()  # of another host, which we cannot ask
+            killed, alive, other = writers
+            for writer in (killed, other):
+                writer.kill()
+                writer.wait()
+            before = {entry.name for entry in tmp_path.iterdir()}
+            write_tensors(path, {"x": torch.ones(1)}, {})
+            gone = before - {entry.name for entry in tmp_path.iterdir()}
+            assert [f"-{killed.pid}-" in name for name in gone] == [True]
+            assert alive.poll() is None
+        finally:
+            for writer in writers:
+                writer.kill()
+                writer.communicate()
 
     def test_no_permission_to_make_the_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Path, "mkdir", raising(errno.EACCES))

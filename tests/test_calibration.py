@@ -116,6 +116,12 @@ class TestSameStatistics:
         resident = {name for name, parameter in source.model.named_parameters() if not parameter.is_meta}
         assert resident == {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"}
 
+    def test_a_model_without_weights(self) -> None:
+        with torch.device("meta"):
+            model = tiny_model()
+        with pytest.raises(TealError, match="weights of the model are on the meta device"):
+            calibrate(model, TOKENS)
+
     def test_only_one_block_is_resident(self, tmp_path: Path) -> None:
         source = open_blocks(save_sharded(tmp_path))
         modules = source.structure.block_modules(source.model)
@@ -272,8 +278,9 @@ class TestSpool:
     def test_discard(self, tmp_path: Path) -> None:
         spool = tmp_path / "spool"
         calibrate(tiny_model(), TOKENS, spool=spool)
-        for name in (".hidden.safetensors.123.tmp", ".tmpE4xq7P"):  # ours and safetensors', of a killed process
-            (spool / name).write_bytes(b"x")
+        abandoned = spool / ".hidden.safetensors.host-123-x.tmp"  # by a killed process
+        abandoned.mkdir()
+        (abandoned / ".tmpE4xq7P").write_bytes(b"x")
         discard_spool(spool)
         assert not spool.exists()
         discard_spool(spool)

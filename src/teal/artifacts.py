@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -16,13 +19,18 @@ from teal.errors import TealError
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see all of it or nothing.
 
+    The file has a hidden directory to itself, as libraries put temporary files of their own beside it; what a
+    killed process left there is removed by the next write of the same file.
     Raises TealError if the place is a directory, is not writable, or the disk is full.
     """
     if path.is_dir():
         raise TealError(f"cannot write {path}: it is a directory; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    own = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        own = Path(mkdtemp(prefix=f"{_temporary_prefix(path)}{os.getpid()}-", suffix=".tmp", dir=path.parent))
+        temporary = own / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
@@ -33,7 +41,33 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise TealError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        if own is not None:
+            rmtree(own, ignore_errors=True)
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}.{platform.node()}-"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files for `path` whose writer no longer runs; only on the host that can tell."""
+    if os.name != "posix":  # elsewhere asking for a process can end it
+        return
+    prefix = _temporary_prefix(path)
+    for entry in path.parent.iterdir():
+        writer = entry.name.removeprefix(prefix).partition("-")[0]
+        if entry.name.startswith(prefix) and entry.name.endswith(".tmp") and writer.isdigit() and not _runs(writer):
+            rmtree(entry, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def check_writable(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Walk a model block by block: hidden states are carried along, only one block's weights need be in memory."""
 
 import ctypes
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,14 @@ class BlockSource:
         self.model = model
         self.structure = ModelStructure.of(model)
         self.identity = identify(model, self.structure)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if any(p.is_meta for block in self.structure.block_modules(self.model) for p in block.parameters()):
+            raise TealError(
+                "weights of the model are on the meta device (never loaded, or offloaded); load the whole model, or "
+                "give its directory to read it block by block"
+            )
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -59,6 +68,9 @@ class StreamedBlocks(BlockSource):
         if any(name.startswith(f"{path}.{len(self.structure.blocks)}.") for name in checkpoint.names()):
             known = len(self.structure.blocks)
             raise TealError(f"{checkpoint.directory} holds more blocks than the {known} of its config.json")
+
+    def _check_weights(self) -> None:
+        """A block's weights come with `block`."""
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -148,9 +160,10 @@ class Spool:
 def discard_spool(directory: Path) -> None:
     """Delete a spool directory, if it exists."""
     if directory.is_dir():
-        for pattern in ("*.safetensors", ".*"):  # hidden: what a killed process was writing
-            for file in directory.glob(pattern):
-                file.unlink()
+        for file in directory.glob("*.safetensors"):
+            file.unlink()
+        for temporary in directory.glob(".*.tmp"):  # what a killed process was writing
+            shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):  # it holds something that is not ours
             directory.rmdir()
 
