@@ -274,3 +274,35 @@ class TestResolveModel:
             UsageError, match=r"^some/model is no local directory and could not be downloaded: no network$"
         ):
             resolve_model("some/model")
+
+    def test_what_is_downloaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not the copies of the weights that publishers add in formats of their own."""
+        import huggingface_hub
+        from huggingface_hub.utils import filter_repo_objects
+
+        offered = {
+            "config.json": True,
+            "model-00001-of-00002.safetensors": True,
+            "model.safetensors.index.json": True,
+            "tokenizer.json": True,
+            "tokenizer.model": True,
+            "chat_template.jinja": True,
+            "merges.txt": True,
+            "consolidated.safetensors": False,
+            "consolidated.00.pth": False,
+            "consolidated.safetensors.index.json": False,
+            "original/params.json": False,
+            "original/tokenizer.model": False,
+            "original/model.safetensors": False,
+            "pytorch_model.bin": False,
+            "model.gguf": False,
+        }
+        found: list[str] = []
+
+        def download(name: str, **patterns: Any) -> str:
+            found.extend(filter_repo_objects(offered, **patterns))
+            return name
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert resolve_model("some/model") == Path("some/model")
+        assert found == [name for name, wanted in offered.items() if wanted]

@@ -15,6 +15,8 @@ from teal.structure import FINGERPRINT_ROWS, ModelStructure, fingerprint
 
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "model"
+DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+NOT_DOWNLOADED = ("consolidated*", "original/*")  # the same weights again, in their publisher's own format
 COMPUTED = ".rotary_emb.inv_freq"  # stored by old checkpoints, computed from the config since
 
 
@@ -33,8 +35,8 @@ def resolve_model(model: str | Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": list(NOT_DOWNLOADED)}
+        return Path(snapshot_download(str(model), **patterns))
     except Exception as error:  # the hub raises many kinds; the user needs the one line
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"{model} is no local directory and could not be downloaded: {reason}") from error
