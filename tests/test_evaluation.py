@@ -277,6 +277,8 @@ class TestResult:
             ({"measurements": [{"plan": "x"}]}, "here is damaged"),
             ({"measurements": 3}, "here is damaged"),
             ({"dense": {}}, "here is damaged"),
+            ({"rule": {"sequences": 3}}, r"here, its rule lacks \['counted'"),
+            ({"rule": None}, "here is damaged"),
         ],
     )
     def test_damaged(self, change: dict[str, Any], message: str) -> None:

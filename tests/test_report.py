@@ -1,5 +1,6 @@
 """The report states what was measured, with the rule and the errors."""
 
+from dataclasses import replace
 from typing import Any
 
 from helpers import random_tokens, tiny_model, tiny_plan
@@ -42,6 +43,17 @@ def test_quality() -> None:
     assert "± is one standard error" in text
 
 
+def test_quality_of_a_single_sequence() -> None:
+    """Which has no standard error: better none than ± 0."""
+    several = evaluation()
+    text = report.quality_section(replace(several, rule={**several.rule, "sequences": 1}))
+    _, dense, sparse = rows(text)
+    assert dense[3] == "20.554"
+    assert sparse[3:] == ["24.817", "+20.74", "0.2171", "73.91"]
+    assert "in 1 sequence of 512 tokens" in text
+    assert "±" not in text
+
+
 def test_quality_of_a_real_run() -> None:
     model = tiny_model()
     result = evaluate(model, random_tokens(2, 16), tiny_plan(model), (0.25, 0.5))
@@ -65,6 +77,9 @@ def test_speed() -> None:
     assert "tiny, bfloat16 on cpu, layout row_major, 2 threads, torch 2.13; 5 repeats of 32 tokens after 64" in text
     assert "read bandwidth 24.2 GB/s, measured in the same run; decode only" in text
     assert "at most 3.6e-03 of the largest output (allowed 1.6e-02)" in text
+    assert "reads every weight: right, but not faster" in text
+    skipping = [replace(speed, bytes_read=speed.bytes_needed) for speed in speeds]
+    assert "every weight" not in report.speed_section(Benchmark(skipping, 24.2e9, details))
 
 
 def test_allocation() -> None:

@@ -24,6 +24,7 @@ from teal.structure import ModelIdentity
 
 FORMAT = "teal.evaluation"
 VERSION = 1
+RULE = ("dense_tokens", "sparse", "counted", "sequences", "sequence_length", "tokens_counted", "dtype")
 LOGIT_ROWS = 256  # positions whose log-probabilities are held at once
 
 
@@ -84,6 +85,7 @@ class Evaluation:
         check_keys(payload, keys, where, keys)
         try:
             dense = payload["dense"]
+            check_keys(payload["rule"], RULE, f"{where}, its rule", RULE)
             return cls(
                 dense["perplexity"],
                 dense["perplexity_error"],

@@ -15,18 +15,27 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def evaluation_table(result: Evaluation) -> Table:
-    """Quality against sparsity, dense first."""
-    dense = f"{result.dense_perplexity:.3f} ± {result.dense_perplexity_error:.3f}"
+    """Quality against sparsity, dense first; without errors for a single sequence, which has none to give."""
+    several = result.rule["sequences"] > 1
+
+    def with_error(value: float, error: float, digits: str) -> str:
+        return f"{value:{digits}} ± {error:{digits.removeprefix('+')}}" if several else f"{value:{digits}}"
+
+    dense = with_error(result.dense_perplexity, result.dense_perplexity_error, ".3f")
     rows = [
         [
             m.plan,
             f"{m.level:g}",
             f"{m.sparsity:.4f}",
-            f"{m.perplexity:.3f} ± {m.perplexity_error:.3f}",
-            f"{m.increase:+.2f} ± {m.increase_error:.2f}",
-            f"{m.kl:.4f} ± {m.kl_error:.4f}",
-            f"{100 * m.top1_agreement:.2f} ± {100 * m.top1_error:.2f}",
+            with_error(m.perplexity, m.perplexity_error, ".3f"),
+            with_error(m.increase, m.increase_error, "+.2f"),
+            with_error(m.kl, m.kl_error, ".4f"),
+            with_error(100 * m.top1_agreement, 100 * m.top1_error, ".2f"),
         ]
         for m in result.measurements
     ]
@@ -37,9 +46,12 @@ def evaluation_table(result: Evaluation) -> Table:
 def evaluation_rule(result: Evaluation) -> str:
     """What an evaluation's figures mean."""
     rule = result.rule
+    errors = "± is one standard error over sequences, of the increase paired"
+    if rule["sequences"] == 1:
+        errors = "a single sequence gives no standard error"
     return (
-        f"{rule['tokens_counted']} predictions in {rule['sequences']} sequences of {rule['sequence_length']} tokens, "
-        f"{rule['dtype']}; sparse: {rule['sparse']}; ± is one standard error over sequences, of the increase paired"
+        f"{rule['tokens_counted']} predictions in {count(rule['sequences'], 'sequence')} of {rule['sequence_length']} "
+        f"tokens, {rule['dtype']}; sparse: {rule['sparse']}; {errors}"
     )
 
 
@@ -65,8 +77,9 @@ def speed_rule(result: Benchmark) -> list[str]:
     """What a benchmark was measured on, and that its products are right."""
     d = result.details
     return [
-        f"{d['model']}, {d['dtype']} on {d['device']}, layout {d['layout']}, {d['threads']} threads, "
-        f"torch {d['torch']}; {d['repeats']} repeats of {d['new_tokens']} tokens after {d['prompt_tokens']}; medians",
+        f"{d['model']}, {d['dtype']} on {d['device']}, layout {d['layout']}, {count(d['threads'], 'thread')}, "
+        f"torch {d['torch']}; {count(d['repeats'], 'repeat')} of {d['new_tokens']} tokens after {d['prompt_tokens']}; "
+        "medians",
         f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s, measured in the same run; {d['rule']}",
         f"correct: products differ from the reference by at most {d['largest_relative_error']:.1e} of the largest "
         f"output (allowed {d['tolerance']:.1e})",
@@ -78,9 +91,11 @@ def quality_section(result: Evaluation) -> str:
 
 
 def speed_section(result: Benchmark) -> str:
-    note = "Layout `row_major` computes with zeroed inputs and reads every weight: right, but not faster."
-    rule = "; ".join(speed_rule(result))
-    return "\n\n".join(["## Decode speed", markdown_table(*speed_table(result)), rule + ".", note])
+    parts = ["## Decode speed", markdown_table(*speed_table(result)), "; ".join(speed_rule(result)) + "."]
+    if any(speed.bytes_read > speed.bytes_needed for speed in result.speeds):
+        layout = result.details["layout"]
+        parts.append(f"Layout `{layout}` computes with zeroed inputs and reads every weight: right, but not faster.")
+    return "\n\n".join(parts)
 
 
 def allocation_section(plan: SparsityPlan, level: float) -> str:

@@ -62,7 +62,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="sparsity plan (default: teal-MODEL/plan.json)")
-    parser.add_argument("--strict", action="store_true", help="refuse a plan or statistics made for other weights")
+    parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
 
 
 def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...]) -> None:
