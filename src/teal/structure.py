@@ -126,7 +126,7 @@ class ModelIdentity:
     """What an artifact says of the model it was made for.
 
     `shapes` must fit a model exactly; `weights` is a fingerprint (see `fingerprint`) and may differ, with a
-    warning, as fine-tunes and casts share thresholds. Empty when unknown.
+    warning, as fine-tunes share thresholds. Empty when unknown.
     """
 
     model_type: str
