@@ -771,6 +771,7 @@ class TestBadOutput:
             (["generate", "model", "--prompt", "x"], PLAN),
             (["chat", "model"], "model/tokenizer.json"),
             (["bench", "model", "--plan", "teal-model/plan.json"], PLAN),
+            (["bench", "model", "--plan", "teal-model/plan.json"], "teal-model/plan.vectors.safetensors"),
             (["inspect", "teal-model/plan.json"], PLAN),
             (["inspect", "model"], "model/config.json"),
             (["import-published", "model", "--model", "model/config.json"], "model/config.json"),

@@ -94,7 +94,9 @@ def check_json(arguments: argparse.Namespace) -> None:
 def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
     for option in INPUTS:
         given = getattr(arguments, option, None)
-        yield from map(Path, given if isinstance(given, list) else [] if given is None else [given])
+        for name in map(Path, given if isinstance(given, list) else [] if given is None else [given]):
+            yield name
+            yield name.parent / f"{name.stem}.vectors.safetensors"  # beside the plans of some methods
     for option, default in (("plan", PLAN), ("statistics", STATISTICS)):
         if getattr(arguments, option, True) is None:
             yield work_directory(arguments.model) / default

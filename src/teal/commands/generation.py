@@ -91,7 +91,8 @@ class TextModel:
             )
             self.context = self.engine.context
         except UnsupportedModelError as reason:
-            warnings.warn(f"decoding through transformers: {reason}", stacklevel=2)
+            why = str(reason).partition(";")[0]  # what follows says what is done here
+            warnings.warn(f"decoding through transformers: {why}", stacklevel=2)
             self.model = common.load_model(directory, dtype, arguments.device)
             most = common.context_length(self.model.config)
             if arguments.context is not None and arguments.context > most:
