@@ -48,7 +48,8 @@ class Outcome:
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # `snapshot` must not see what other workers write into the repository
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # the command line sets it; other tests must not see that
 
 
