@@ -1,0 +1,185 @@
+"""The decode step on an NVIDIA GPU, for one sequence: five kernels a block.
+
+norm, q, k, v | rotary embedding, cache write, attention | o, residual | norm, gate, up | silu * up, down, residual
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teal.engine.block import DecoderBlock
+from teal.engine.cache import BlockCache, KVCache
+from teal.engine.config import EngineConfig
+from teal.engine.decode_step import TokenPosition, reference_decode_step
+from teal.linear import SparseLinear
+from teal.ops import nvrtc
+from teal.ops.cuda_projection import Operands, Projection
+
+ATTENTION_THREADS = 512
+POSITIONS_PER_SHARE = 256  # attention splits no finer
+
+
+class _AttentionArguments(ctypes.Structure):
+    """`Arguments` of attention.cu."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "qkv", "norm_q", "norm_k", "cosine", "sine", "position",
+                "keys", "values", "attended", "partial", "arrivals",
+            )
+        ),
+        *((name, ctypes.c_int) for name in ("capacity", "window", "positions_per_share")),
+        ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+def refusal(config: EngineConfig, dtype: torch.dtype) -> str | None:
+    """Why a model cannot take this step, or None."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 and float16, not in {dtype}"
+    lanes = config.head_dim // 8
+    if config.head_dim % 8 or lanes == 0 or 32 % lanes:
+        return f"it has no attention for heads of {config.head_dim} dimensions"
+    if config.heads // config.kv_heads > 16:
+        return "more than 16 query heads share a key head"
+    if config.hidden_size % 8 or config.intermediate_size % 8:
+        return "hidden and intermediate size must be multiples of 8"
+    if max(config.intermediate_size, config.hidden_size, config.heads * config.head_dim) > 32768:
+        return "more than 32768 input channels"
+    return None
+
+
+class CudaDecodeStep:
+    """See `engine.decode_step.DecodeStep`. Batches of more than one sequence take the reference's step.
+
+    Raises TealError if a kernel does not compile.
+    """
+
+    def __init__(self, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._config = config
+        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+
+        def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._token = (buffer(1, dtype=torch.int64), buffer(config.head_dim), buffer(config.head_dim))
+        self._hidden, self._middle = buffer(hidden), buffer(hidden)
+        self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
+        self._keep_all = torch.full((), -1.0, device=device)
+        self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
+        self._project_o = Projection(query, (hidden,), dtype)
+        self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
+        self._project_down = Projection(inner, (hidden,), dtype, kind="gated")
+        self._shares = max(1, torch.cuda.get_device_properties(device).multi_processor_count // config.kv_heads)
+        group = config.heads // config.kv_heads
+        self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 2), dtype=torch.float32)
+        self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
+        self._attention = nvrtc.compile_kernel(
+            "attention.cu", "attention", attention_macros(config, dtype, self._shares), attention_shared_bytes(config)
+        )
+        self._tensors: list[Any] = []
+        self._launches: list[nvrtc.Launch] = []
+
+    def __call__(
+        self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
+    ) -> Tensor:
+        if hidden.shape[0] != 1 or any(layer.observer is not None for block in blocks for layer in projections(block)):
+            return reference_decode_step(blocks, hidden, cache, position)
+        self.refresh(blocks, cache)
+        self._hidden.copy_(hidden[0])
+        for own, given in zip(self._token, position, strict=True):
+            own.copy_(given.view_as(own))
+        stream = torch.cuda.current_stream().cuda_stream
+        for launch in self._launches:
+            launch.start(stream)
+        return self._hidden.clone()[None]
+
+    def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> bool:
+        """Prepare the launches anew if tensors were replaced since; returns whether they were."""
+        tensors = [tensor for block, kv in zip(blocks, cache.blocks, strict=True) for tensor in _tensors_of(block, kv)]
+        if len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True)):
+            return False
+        self._tensors = tensors
+        self._launches = [
+            launch
+            for block, block_cache in zip(blocks, cache.blocks, strict=True)
+            for launch in self._block_launches(block, block_cache)
+        ]
+        return True
+
+    def _block_launches(self, block: DecoderBlock, cache: BlockCache) -> list[nvrtc.Launch]:
+        attention, mlp, eps = block.self_attn, block.mlp, self._config.rms_norm_eps
+        query, key = attention.q_proj.out_features, attention.k_proj.out_features
+        q, k, v = self._qkv.split((query, key, key))
+        qkv = [
+            self._operands(layer, y)
+            for layer, y in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v))
+        ]
+        o = [self._operands(attention.o_proj, self._middle)]
+        gate_up = [
+            self._operands(layer, y)
+            for layer, y in zip((mlp.gate_proj, mlp.up_proj), self._gate_up.chunk(2), strict=True)
+        ]
+        down = [self._operands(mlp.down_proj, self._hidden)]
+        return [
+            self._project_qkv.prepared(self._hidden, qkv, block.input_layernorm.weight, eps=eps),
+            self._attend(block, cache),
+            self._project_o.prepared(self._attended, o, residual=self._hidden),
+            self._project_gate_up.prepared(self._middle, gate_up, block.post_attention_layernorm.weight, eps=eps),
+            self._project_down.prepared(self._gate_up, down, residual=self._middle),
+        ]
+
+    def _operands(self, layer: SparseLinear, y: Tensor) -> Operands:
+        if layer.always_dense:
+            return Operands(layer.packed.storage[0], self._keep_all, y, layer.bias)
+        return Operands(layer.packed.storage[0], layer.threshold, y, layer.bias, layer.sparse_bias)
+
+    def _attend(self, block: DecoderBlock, cache: BlockCache) -> nvrtc.Launch:
+        attention = block.self_attn
+        norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        position, cosine, sine = self._token
+        tensors = (
+            self._qkv, *norms, cosine, sine, position,
+            cache.keys, cache.values, self._attended, self._partial, self._arrivals,
+        )  # fmt: skip
+        arguments = _AttentionArguments(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+        arguments.capacity = cache.keys.stride(1) // attention.head_dim
+        arguments.window = attention.window or 0
+        arguments.positions_per_share = POSITIONS_PER_SHARE
+        arguments.eps = self._config.rms_norm_eps
+        return self._attention.prepared(self._config.kv_heads * self._shares, ATTENTION_THREADS, arguments)
+
+
+def projections(block: DecoderBlock) -> tuple[SparseLinear, ...]:
+    """All seven, in the order of use."""
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+    )  # fmt: skip
+
+
+def _tensors_of(block: DecoderBlock, cache: BlockCache) -> list[Any]:
+    """What launches hold the addresses of and what may be replaced."""
+    settings = [(layer.threshold, layer.sparse_bias, layer.always_dense) for layer in projections(block)]
+    return [*(setting for layer in settings for setting in layer), cache.keys, cache.values]
+
+
+def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int) -> dict[str, object]:
+    return {
+        "BF16": dtype == torch.bfloat16, "THREADS": ATTENTION_THREADS, "DEPTH": 1, "CLUSTER": 1,
+        "HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim,
+        "NORM_QK": config.qk_norm, "MAX_SHARES": shares,
+    }  # fmt: skip
+
+
+def attention_shared_bytes(config: EngineConfig) -> int:
+    """Size of `Shared` in attention.cu."""
+    group, warps = config.heads // config.kv_heads, ATTENTION_THREADS // 32
+    return 4 * (group * (config.head_dim + 1024 + 3) + warps * config.head_dim) + 64

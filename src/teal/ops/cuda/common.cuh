@@ -1,0 +1,362 @@
+// What the CUDA kernels share: 16-bit floating point, copies that bypass registers, sums over a block, the list of kept
+// channels, the stream over their weights, and the sums over a tile. Compiled at run time by NVRTC, without any header.
+//
+// Macros: BF16 (else fp16), THREADS per block, DEPTH (16-byte loads that a thread keeps in flight), CLUSTER (blocks
+// that share an output tile).
+//
+// Weights are channel-major [K, N]. A cluster of blocks owns a tile of columns, in chunks of 8 (16 bytes): each of its
+// blocks takes an equal part of the K channels, lists those that are kept, and streams their weights; a warp reads one
+// or more whole rows of the tile at a time. The sums of warps and blocks are added in a fixed order. No atomics, no
+// workspace: the same bits every run.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int WARPS = THREADS / 32;
+constexpr u32 ALL = 0xffffffffu;
+
+#ifndef EMULATED  // the tests run these kernels on a CPU with their own versions of what follows
+
+__device__ __forceinline__ float to_float(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+#endif
+}
+
+__device__ __forceinline__ u16 to_bits(float f) {
+    u16 bits;
+#if BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+#endif
+    return bits;
+}
+
+// Weights, 16 bytes from memory to shared memory, past L1. Copies form groups, awaited in order.
+__device__ __forceinline__ void start_copy(uint4* shared, const char* source) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(source)
+                 : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATER>
+__device__ __forceinline__ void await_groups() {  // all groups but the LATER last ones
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// What other blocks wrote: past L1.
+__device__ __forceinline__ float load_fresh(const float* address) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+    return v;
+}
+
+// Dependent launch: the kernel after this one may be set up; the results of the one before are needed from here on.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+#if CLUSTER > 1
+// Blocks of a cluster: a barrier in two halves, and a word in the memory of block `rank`, at the place of one's own.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void send(float* own, int rank, float v) {
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(address) : "r"((u32)__cvta_generic_to_shared(own)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+#else
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void send(float*, int, float) {}
+#endif
+
+// The magnitude, as bits, of the smallest 16-bit number above a threshold of at least 0.
+__device__ __forceinline__ u32 bits_above(float threshold) {
+#if BF16
+    return (__float_as_uint(threshold) >> 16 & 0x7fff) + 1;
+#else
+    u16 bits;
+    asm("cvt.rz.f16.f32 %0, %1;" : "=h"(bits) : "f"(threshold));
+    return (u32)(bits & 0x7fff) + 1;
+#endif
+}
+
+#endif
+
+__device__ __forceinline__ u16 low(u32 pair) { return (u16)(pair & 0xffffu); }
+__device__ __forceinline__ u16 high(u32 pair) { return (u16)(pair >> 16); }
+__device__ __forceinline__ u32 pair_of(u16 first, u16 second) { return (u32)first | ((u32)second << 16); }
+__device__ __forceinline__ float rounded(float f) { return to_float(to_bits(f)); }
+
+__device__ __forceinline__ void multiply_add(float (&sums)[8], uint4 weights, float x) {
+    sums[0] += to_float(low(weights.x)) * x;
+    sums[1] += to_float(high(weights.x)) * x;
+    sums[2] += to_float(low(weights.y)) * x;
+    sums[3] += to_float(high(weights.y)) * x;
+    sums[4] += to_float(low(weights.z)) * x;
+    sums[5] += to_float(high(weights.z)) * x;
+    sums[6] += to_float(low(weights.w)) * x;
+    sums[7] += to_float(high(weights.w)) * x;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+    for (int step = 16; step > 0; step >>= 1) v += __shfl_xor_sync(ALL, v, step);
+    return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+    for (int step = 16; step > 0; step >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL, v, step));
+    return v;
+}
+
+// The sum of v over the block; scratch [WARPS] must not be in use.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    v = warp_sum(v);
+    if (lane == 0) scratch[warp] = v;
+    __syncthreads();
+    return warp_sum(lane < WARPS ? scratch[lane] : 0.f);
+}
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
+
+// One threshold per projection or, if each, one per channel. Dropped: |x| <= threshold, so NaN is kept.
+struct Threshold {
+    const float* value;
+    bool each;
+    // Whether everything is kept, known without looking at x.
+    __device__ __forceinline__ bool keeps_all() const { return !each && !(value[0] >= 0.f); }
+    __device__ __forceinline__ void prefetch(int first, int channels) const {
+        if (each)
+            for (int i = threadIdx.x * 32; i < channels; i += THREADS * 32) prefetch_l2(value + first + i);
+    }
+    __device__ __forceinline__ static u32 least_kept(float threshold) {
+        return threshold >= 0.f ? bits_above(threshold) : 0;
+    }
+};
+// For two 16-bit numbers and two least magnitudes to keep (at most 0x8000): 1 in bits 0 and 16 where kept.
+__device__ __forceinline__ u32 kept_of(u32 numbers, u32 least) {
+    return ((((numbers & 0x7fff7fffu) | 0x80008000u) - least) >> 15) & 0x00010001u;
+}
+
+// The 16-bit inputs that a thread holds of K channels: VECTORS of 4 channels, vector v from
+// channel(v) = 4 (threadIdx.x + v THREADS) on.
+template <int K>
+struct Inputs {
+    static constexpr int VECTORS = divided_up(K / 4, THREADS);
+    static_assert(K % 4 == 0 && VECTORS <= 8, "more threads are needed");
+    uint2 pairs[VECTORS];
+    __device__ __forceinline__ static int channel(int v) { return 4 * ((int)threadIdx.x + v * THREADS); }
+    __device__ __forceinline__ u16 get(int v, int i) const {
+        const u32 pair = i < 2 ? pairs[v].x : pairs[v].y;
+        return i % 2 ? high(pair) : low(pair);
+    }
+    // Vector v becomes value(i), rounded, for i = 0 ... 3.
+    template <class Value>
+    __device__ __forceinline__ void set(int v, Value value) {
+        const u16 bits[4] = {to_bits(value(0)), to_bits(value(1)), to_bits(value(2)), to_bits(value(3))};
+        pairs[v] = make_uint2(pair_of(bits[0], bits[1]), pair_of(bits[2], bits[3]));
+    }
+    __device__ __forceinline__ void read(const u16* values) {
+#pragma unroll
+        for (int v = 0; v < VECTORS; v++)
+            if (channel(v) < K) pairs[v] = *(const uint2*)(values + channel(v));
+    }
+};
+
+// Exclusive sums of `mine` over the block's threads, and the total. scratch [WARPS] must not be in use.
+struct Scan {
+    u32 before, total;
+    __device__ __forceinline__ Scan(u32 mine, u32* scratch) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        u32 upto = mine;
+#pragma unroll
+        for (int step = 1; step < 32; step <<= 1) {
+            const u32 other = __shfl_up_sync(ALL, upto, step);
+            if (lane >= step) upto += other;
+        }
+        if (lane == 31) scratch[warp] = upto;
+        __syncthreads();
+        u32 warps = lane < WARPS ? scratch[lane] : 0;
+#pragma unroll
+        for (int step = 1; step < 32; step <<= 1) {
+            const u32 other = __shfl_up_sync(ALL, warps, step);
+            if (lane >= step) warps += other;
+        }
+        total = __shfl_sync(ALL, warps, 31);
+        const u32 earlier = __shfl_sync(ALL, warps, warp ? warp - 1 : 0);
+        before = (warp ? earlier : 0) + upto - mine;
+    }
+};
+
+// Lists the kept ones of K channels and returns the length: entry = channel << 16 | bits of x. The entries below `head`
+// are those channels in order, dropped ones with x = 0, for weights that are read before x is known; then come the kept
+// ones from there on, in an order that depends on K and THREADS only. `first` is channel 0's place among the
+// thresholds; scratch [WARPS].
+template <int K>
+__device__ __forceinline__ int list_kept(const Inputs<K>& x, Threshold threshold, int first, int head, u32* list,
+                                         u32* scratch) {
+    u32 nibbles = 0;  // of this thread's vectors: which channels go behind the head
+    const u32 least = 0x00010001u * Threshold::least_kept(threshold.value[0]);
+#pragma unroll
+    for (int v = 0; v < Inputs<K>::VECTORS; v++) {
+        const int channel = Inputs<K>::channel(v);
+        if (channel >= K) continue;
+        uint2 bounds = make_uint2(least, least);
+        if (threshold.each) {
+            const float* t = threshold.value + first + channel;
+            bounds.x = Threshold::least_kept(t[0]) | Threshold::least_kept(t[1]) << 16;
+            bounds.y = Threshold::least_kept(t[2]) | Threshold::least_kept(t[3]) << 16;
+        }
+        const u32 one = kept_of(x.pairs[v].x, bounds.x), two = kept_of(x.pairs[v].y, bounds.y);
+        u32 nibble = (one | one >> 15 | two << 2 | two >> 13) & 15;
+        if (channel < head)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (channel + i < head) {
+                    list[channel + i] = (u32)(channel + i) << 16 | (nibble >> i & 1 ? x.get(v, i) : 0);
+                    nibble &= ~(1u << i);
+                }
+        nibbles |= nibble << (4 * v);
+    }
+    const Scan scan(__popc(nibbles), scratch);
+    u32* next = list + head + scan.before;
+#pragma unroll
+    for (int v = 0; v < Inputs<K>::VECTORS; v++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (nibbles >> (4 * v + i) & 1) *next++ = (u32)(Inputs<K>::channel(v) + i) << 16 | x.get(v, i);
+    __syncthreads();
+    return head + (int)scan.total;
+}
+
+// A tile of WIDTH chunks and what a thread does for it: a chunk of the columns, and every STRIDE-th entry of the list,
+// from `first` on.
+template <int WIDTH>
+struct Tile {
+    static_assert(WIDTH <= 32, "a warp reads whole rows of the tile");
+    static constexpr int ROWS = 32 / WIDTH, STRIDE = ROWS * WARPS, COLUMNS = 8 * WIDTH;
+    int chunk, row, first;
+    bool active;
+    // `chunks` of the tile exist (the last tile may be narrower).
+    __device__ __forceinline__ explicit Tile(int chunks) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        chunk = lane % WIDTH, row = lane / WIDTH, first = warp * ROWS + row;
+        active = row < ROWS && chunk < chunks;
+    }
+};
+
+// A thread's stream of weights: 8 columns (from `column` in row 0) of one list entry after the other, DEPTH of them on
+// their way to shared memory, so that they take no registers. slots [DEPTH][THREADS]; a thread uses its own only.
+template <class Tile>
+struct Stream {
+    uint4* slots;
+    const char* column;
+    u32 row_bytes;
+    const Tile& tile;
+    int ahead;
+
+    // Starts reading the weights of `ahead` (at most DEPTH) channels before x is known.
+    __device__ __forceinline__ Stream(uint4* all_slots, const char* column, u32 row_bytes, const Tile& tile, int ahead,
+                                      int channels)
+        : slots(all_slots + threadIdx.x), column(column), row_bytes(row_bytes), tile(tile), ahead(ahead) {
+        if (!tile.active) return;
+        for (int i = 0; i < ahead; i++) {
+            const int channel = tile.first + i * Tile::STRIDE;
+            if (channel < channels) start_copy(slots + i * THREADS, column + (u64)(u32)channel * row_bytes);
+            end_group();
+        }
+    }
+    __device__ __forceinline__ void start(int slot, const u32* list, int entry, int count) {
+        if (entry < count) start_copy(slots + slot * THREADS, column + (u64)(list[entry] >> 16) * row_bytes);
+        end_group();
+    }
+    // sums[8] += weights times x over this thread's entries of the list.
+    __device__ __forceinline__ void run(float (&sums)[8], const u32* list, int count) {
+        if (!tile.active) return;
+        for (int i = ahead; i < DEPTH; i++) start(i, list, tile.first + i * Tile::STRIDE, count);
+        for (int entry = tile.first; entry < count;)
+#pragma unroll
+            for (int i = 0; i < DEPTH; i++, entry += Tile::STRIDE) {
+                await_groups<DEPTH - 1>();
+                if (entry < count) multiply_add(sums, slots[i * THREADS], to_float(low(list[entry])));
+                start(i, list, entry + DEPTH * Tile::STRIDE, count);
+            }
+        await_groups<0>();
+    }
+};
+
+// Adds up a tile over rows of a warp, warps and blocks of the cluster. Each block finishes SHARE of the columns: thread
+// t < SHARE gets the sum of column `column`. The slots are scratch; blocks of a cluster must have arrived at its barrier
+// once before (cluster_arrive), so that each may write into the other's memory.
+template <class Tile>
+struct Total {
+    static constexpr int COLUMNS = Tile::COLUMNS, SHARE = divided_up(COLUMNS, CLUSTER);
+    static_assert(COLUMNS <= 128 * DEPTH, "the slots hold the sums");
+    struct Received {
+        float sums[CLUSTER][SHARE];  // by the block they come from
+    };
+    float sum;
+    int column;
+    bool mine;
+
+    __device__ __forceinline__ Total(float (&partial)[8], const Tile& tile, uint4* all_slots, Received& received,
+                                     int rank)
+        : sum(0.f) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float one = partial[i];
+#pragma unroll
+            for (int row = 1; row < Tile::ROWS; row++) partial[i] += __shfl_sync(ALL, one, lane + row * COLUMNS / 8);
+        }
+        float* wide = (float*)all_slots;  // [WARPS][COLUMNS]
+        __syncthreads();                  // all slots have been used
+        if (tile.row == 0) {
+            float4* to = (float4*)(wide + warp * COLUMNS + 8 * tile.chunk);
+            to[0] = make_float4(partial[0], partial[1], partial[2], partial[3]);
+            to[1] = make_float4(partial[4], partial[5], partial[6], partial[7]);
+        }
+        if (CLUSTER > 1) cluster_wait();
+        __syncthreads();
+        for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
+            float of_block = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) of_block += wide[w * COLUMNS + c];
+            float* to = &received.sums[rank][c % SHARE];
+            if (c / SHARE == rank)
+                *to = of_block;
+            else
+                send(to, c / SHARE, of_block);
+        }
+        if (CLUSTER > 1) {
+            cluster_arrive();
+            cluster_wait();
+        } else {
+            __syncthreads();
+        }
+        column = rank * SHARE + (int)threadIdx.x;
+        mine = (int)threadIdx.x < SHARE && column < COLUMNS;
+        if (!mine) return;
+#pragma unroll
+        for (int block = 0; block < CLUSTER; block++) sum += received.sums[block][threadIdx.x];
+    }
+};

@@ -1,0 +1,120 @@
+// Projections of one token: y = W where(|x| > threshold, x, 0) + bias, a cluster of blocks per tile of columns (see
+// common.cuh), with what stands before and after it in a decoder: norm or silu(gate) * up, and the residual.
+//
+// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile), INPUT (0 plain, 1 normalized, 2 gated), AHEAD (weights a thread
+// reads before it knows whether they are needed, at most DEPTH), and those of common.cuh.
+
+// Weight [K, outputs], threshold [] or [K], biases [outputs] or null, y [outputs].
+struct Projection {
+    const u16* weight;
+    const float* threshold;
+    const u16 *bias, *sparse_bias;
+    u16* y;
+    int outputs, threshold_each;
+};
+
+// `count` projections of the same input side by side: x [K] or, gated, gate [K] followed by up [K]; norm [K] where it is
+// normalized; residual [outputs] is added, or null.
+struct Arguments {
+    Projection projections[3];
+    const u16 *x, *norm, *residual;
+    int count;
+    float eps;
+};
+
+enum { PLAIN, NORMALIZED, GATED };
+constexpr int PART = CHANNELS / CLUSTER;
+using PartInputs = Inputs<PART>;
+using OneTile = Tile<TILE_WIDTH>;
+
+struct Shared {
+    alignas(16) uint4 slots[DEPTH * THREADS];
+    Total<OneTile>::Received received;
+    float squares[WARPS];
+    u32 counts[WARPS];
+    alignas(16) u32 list[PART];
+};
+
+// x / rms(x) * norm, rounded where models round, of the part `rank` of x.
+__device__ __forceinline__ PartInputs normalized(const Arguments& arguments, int rank, float* scratch) {
+    PartInputs parts[CLUSTER], norm, x;
+    norm.read(arguments.norm + rank * PART);
+    await_previous_kernel();
+#pragma unroll
+    for (int part = 0; part < CLUSTER; part++) parts[part].read(arguments.x + part * PART);
+    float squares = 0.f;
+#pragma unroll
+    for (int part = 0; part < CLUSTER; part++) {
+        if (part == rank) x = parts[part];
+#pragma unroll
+        for (int v = 0; v < PartInputs::VECTORS; v++)
+            if (PartInputs::channel(v) < PART)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float f = to_float(parts[part].get(v, i));
+                    squares += f * f;
+                }
+    }
+    const float scale = rsqrtf(block_sum(squares, scratch) / CHANNELS + arguments.eps);
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++)
+        x.set(v, [&](int i) { return to_float(norm.get(v, i)) * rounded(to_float(x.get(v, i)) * scale); });
+    return x;
+}
+
+// silu(gate) * up, rounded where models round, of the part `rank`.
+__device__ __forceinline__ PartInputs gated(const Arguments& arguments, int rank) {
+    PartInputs gate, up;
+    await_previous_kernel();
+    gate.read(arguments.x + rank * PART);
+    up.read(arguments.x + CHANNELS + rank * PART);
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++)
+        gate.set(v, [&](int i) {
+            const float g = to_float(gate.get(v, i));
+            return rounded(g / (1.f + __expf(-g))) * to_float(up.get(v, i));
+        });
+    return gate;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_constant__ Arguments arguments) {
+    extern __shared__ uint4 dynamic_shared[];
+    Shared& shared = *(Shared*)dynamic_shared;
+    allow_next_kernel();
+    const int rank = (int)blockIdx.x % CLUSTER, first = rank * PART;
+    int tile = (int)blockIdx.x / CLUSTER, which = 0;
+    for (; which + 1 < arguments.count; which++) {
+        const int tiles = divided_up(arguments.projections[which].outputs, OneTile::COLUMNS);
+        if (tile < tiles) break;
+        tile -= tiles;
+    }
+    const Projection& p = arguments.projections[which];
+    const int outputs = p.outputs;
+    const OneTile at(smaller(TILE_WIDTH, outputs / 8 - tile * TILE_WIDTH));
+    const Threshold threshold{p.threshold, p.threshold_each != 0};
+    const int ahead = threshold.keeps_all() ? DEPTH : AHEAD;
+    const u16* column = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
+    Stream<OneTile> stream(shared.slots, (const char*)column, 2 * outputs, at, ahead, PART);
+    if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited in Total
+
+    PartInputs x;
+    if constexpr (INPUT == NORMALIZED) {
+        x = normalized(arguments, rank, shared.squares);
+    } else if constexpr (INPUT == GATED) {
+        x = gated(arguments, rank);
+    } else {
+        await_previous_kernel();
+        x.read(arguments.x + first);
+    }
+    const int count = list_kept(x, threshold, first, smaller(PART, ahead * OneTile::STRIDE), shared.list, shared.counts);
+    float sums[8] = {};
+    stream.run(sums, shared.list, count);
+    const Total<OneTile> total(sums, at, shared.slots, shared.received, rank);
+    const int c = tile * OneTile::COLUMNS + total.column;
+    if (!total.mine || c >= outputs) return;
+    float value = total.sum;
+    if (p.bias) value += to_float(p.bias[c]);
+    if (p.sparse_bias) value += to_float(p.sparse_bias[c]);
+    if (arguments.residual) value = to_float(arguments.residual[c]) + rounded(value);
+    p.y[c] = to_bits(value);
+}

@@ -1,0 +1,149 @@
+"""Projections of one token on an NVIDIA GPU: ops/cuda/projection.cu, and how its work is divided."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal.ops import nvrtc
+
+KINDS = ("plain", "normalized", "gated")  # of inputs, in the order of projection.cu
+MOST_VECTORS = 8  # of 4 input channels that a thread holds
+MOST_SHARED_BYTES = 227 << 10  # that a block may use on the GPUs of today
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a projection is divided: `width` in chunks of 8 columns; see ops/cuda/common.cuh for the others."""
+
+    width: int
+    cluster: int
+    threads: int = 512
+    depth: int = 8
+    ahead: int = 0
+
+
+class _Projection(ctypes.Structure):
+    """`Projection` of projection.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "threshold", "bias", "sparse_bias", "y")),
+        *((name, ctypes.c_int) for name in ("outputs", "threshold_each")),
+    ]
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of projection.cu."""
+
+    _fields_ = [
+        ("projections", _Projection * 3),
+        *((name, ctypes.c_void_p) for name in ("x", "norm", "residual")),
+        ("count", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One projection's tensors: weight [K, N], threshold [] or [K], biases [N] or None, y [N]."""
+
+    weight: Tensor
+    threshold: Tensor
+    y: Tensor
+    bias: Tensor | None = None
+    sparse_bias: Tensor | None = None
+
+
+class Projection:
+    """The compiled kernel for `channels` inputs and `outputs` of each of one to three projections side by side.
+
+    `kind` is what becomes of the input first: "plain" nothing; "normalized" RMS norm; "gated" silu(gate) * up.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        kind: str = "plain",
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.tuning = tuning or choose_tuning(channels, outputs, _multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+        self.macros = {
+            **_tuning_macros(self.tuning, dtype), "CHANNELS": channels, "INPUT": KINDS.index(kind),
+        }  # fmt: skip
+        self.blocks = blocks_of(outputs, self.tuning)
+        # More than half of a multiprocessor's: each has one block, and the next kernel's blocks follow one by one.
+        half = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor // 2
+        self.shared_bytes = max(shared_bytes(channels, self.tuning), half)
+        self.kernel = nvrtc.compile_kernel("projection.cu", "projection", self.macros, self.shared_bytes)
+
+    def prepared(
+        self,
+        x: Tensor,
+        operands: Sequence[Operands],
+        norm: Tensor | None = None,
+        residual: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> nvrtc.Launch:
+        """A launch with these addresses; x [K], or gate and up [2 K]; norm [K], residual [N]. They must outlive it."""
+        arguments = _Arguments(x=_address(x), norm=_address(norm), residual=_address(residual))
+        arguments.count, arguments.eps = len(operands), eps
+        for slot, of in zip(arguments.projections, operands, strict=False):
+            slot.weight, slot.threshold, slot.y = _address(of.weight), _address(of.threshold), _address(of.y)
+            slot.bias, slot.sparse_bias = _address(of.bias), _address(of.sparse_bias)
+            slot.outputs, slot.threshold_each = of.weight.shape[1], of.threshold.ndim
+        return self.kernel.prepared(self.blocks, self.tuning.threads, arguments, cluster=self.tuning.cluster)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _multiprocessors() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def _tuning_macros(tuning: Tuning, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
+        "CLUSTER": tuning.cluster, "AHEAD": tuning.ahead, "TILE_WIDTH": tuning.width,
+    }  # fmt: skip
+
+
+def blocks_of(outputs: Sequence[int], tuning: Tuning) -> int:
+    """Blocks of threads for projections of these numbers of outputs."""
+    return tuning.cluster * sum(-(-size // (8 * tuning.width)) for size in outputs)
+
+
+def shared_bytes(channels: int, tuning: Tuning) -> int:
+    """Size of `Shared` in projection.cu."""
+    sums = 4 * (8 * tuning.width + tuning.cluster)
+    return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * channels // tuning.cluster + 64
+
+
+def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, largest_cluster: int = 2) -> Tuning:
+    """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together.
+
+    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes and more do, and
+    consecutive kernels overlap best when each has one block on every multiprocessor.
+    """
+    best: tuple[float, Tuning] | None = None
+    for cluster in range(1, largest_cluster + 1):
+        for width in range(8, 33, 2):
+            tuning = Tuning(width, cluster)
+            if channels % (8 * cluster) or -(-channels // (4 * cluster * tuning.threads)) > MOST_VECTORS:
+                continue
+            if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
+                continue
+            waves = blocks_of(outputs, tuning) / multiprocessors
+            unaligned = 0.2 if width % 4 else 0.1 if width % 8 else 0
+            badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + 0.01 * cluster
+            if best is None or badness < best[0]:
+                best = (badness, tuning)
+    if best is None:
+        return Tuning(8, largest_cluster, threads=1024, depth=4)
+    return best[1]
