@@ -99,7 +99,7 @@ def _backends() -> dict[str, str]:
     import torch
 
     from teal.ops import reference
-    from teal.ops.packed import LAYOUTS
+    from teal.ops.layouts import LAYOUTS
 
     found = {}
     generator = torch.Generator().manual_seed(0)
@@ -107,6 +107,9 @@ def _backends() -> dict[str, str]:
     threshold = torch.tensor(0.5)
     expected = reference.sparse_gemv(x, weight, threshold)
     for name, layout in LAYOUTS.items():
+        if reason := layout.refusal(weight):
+            found[name] = f"not here: {reason}"
+            continue
         try:
             same = torch.allclose(layout.pack(weight).sparse_gemv(x, threshold, None), expected, atol=1e-5)
             note = "reads only the kept channels" if layout.skips_channels else "zeroes inputs, reads every weight"

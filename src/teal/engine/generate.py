@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teal.engine.cache import KVCache, check_holds, whole_extents
+from teal.engine.capture import CapturedDecode
 from teal.engine.model import DecoderModel
 from teal.engine.sampling import Sampler, SamplingConfig
 from teal.engine.text import Detokenizer, StopStrings
@@ -22,19 +23,22 @@ _INVALID = -1  # what the host reads for a token whose logits are not finite
 class DecodeState:
     """The static buffers of a decode: KV cache, the next `token` [B] and its `position` [B], both int64.
 
-    One generation at a time may use a state; the next one overwrites it.
+    `captured` is the decode step as a graph over them, where device and model allow it. One generation at a time
+    may use a state; the next one overwrites it.
     """
 
     cache: KVCache
     token: Tensor
     position: Tensor
+    captured: CapturedDecode | None = None
     in_use: bool = field(default=False, init=False)
 
     @classmethod
     def of(cls, engine: DecoderModel, batch: int = 1, context: int | None = None) -> "DecodeState":
         """Buffers for `batch` sequences of up to `context` positions (the engine's, if None)."""
         token, position = (torch.zeros(batch, dtype=torch.int64, device=engine.device) for _ in range(2))
-        return cls(engine.new_cache(batch, context), token, position)
+        cache = engine.new_cache(batch, context)
+        return cls(cache, token, position, CapturedDecode.of(engine, token, position, cache))
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,9 @@ def prefill(engine: DecoderModel, state: DecodeState, sampler: Sampler, prompt: 
 def decode_one_token(engine: DecoderModel, state: DecodeState, sampler: Sampler, cache: KVCache) -> Tensor:
     """Run the state's token and choose the next; returns what the host may read [B].
 
-    `cache` is the state's or views of its first positions. All on the device and on static buffers: this is
-    the step that can be captured as a whole.
+    `cache` is the state's or views of its first positions. All on the device and on static buffers.
     """
-    logits = engine.decode(state.token, state.position, cache)
+    logits = state.captured() if state.captured else engine.decode(state.token, state.position, cache)
     state.position.add_(1)
     return _choose(logits, state, sampler)
 
