@@ -182,7 +182,7 @@ def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, l
             if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
                 continue
             waves = blocks_of(outputs, tuning) / multiprocessors
-            unaligned = 0.2 if width % 4 else 0.1 if width % 8 else 0
+            unaligned = 0.3 if width % 4 else 0.2 if width % 8 else 0
             badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + 0.01 * cluster
             if best is None or badness < best[0]:
                 best = (badness, tuning)
