@@ -209,14 +209,13 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
     if not isinstance(engine.decode_step, CudaDecodeStep):
         sys.exit(f"gpu.py: {name} does not run on the CUDA decode step")
     state = DecodeState.of(engine)
-    thresholds = quantiles(engine, state)
     sampler = Sampler(SamplingConfig(), torch.zeros((1, 1), dtype=torch.int64, device="cuda"), engine.config.vocab_size)
-    error = check_step(engine, thresholds)
+    error = check_step(engine)
     print(f"\n{name}, {str(dtype).removeprefix('torch.')}: one step differs from the reference by {error:.1e} (dense)")
 
-    def ours(level: float, context: int) -> Callable[[], float]:
+    def ours(thresholds: list[float], context: int) -> Callable[[], float]:
         def run() -> float:
-            set_thresholds(engine, thresholds[level])
+            set_thresholds(engine, thresholds)
             state.position.fill_(context)
             decode_one_token(engine, state, sampler, state.cache)  # captures, if it must
             state.position.fill_(context)
@@ -229,7 +228,10 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
     peer = GptFast(gpt_fast, MODELS[name]["gpt-fast"], dtype, contexts[0] + STEPS) if gpt_fast else None
     result: dict[str, Any] = {"dtype": str(dtype), "error": error, "contexts": {}}
     for context in contexts:
-        runs: dict[str, Callable[[], float]] = {f"ours {level:.0%}": ours(level, context) for level in LEVELS}
+        thresholds = quantiles(engine, state, context)
+        runs: dict[str, Callable[[], float]] = {
+            f"ours {level:.0%}": ours(thresholds[level], context) for level in LEVELS
+        }
         if peer and context == contexts[0]:
             runs["gpt-fast dense"] = lambda context=context: peer.tokens_per_second(context)
         speeds: dict[str, list[float]] = {label: [] for label in runs}
@@ -275,14 +277,14 @@ def random_engine(name: str, dtype: torch.dtype, context: int) -> DecoderModel:
 
 
 @torch.inference_mode()
-def quantiles(engine: DecoderModel, state: DecodeState, tokens: int = 8) -> dict[float, list[float]]:
-    """For each level a threshold per projection: the quantile of |x| on a few decoded tokens."""
+def quantiles(engine: DecoderModel, state: DecodeState, context: int, tokens: int = 8) -> dict[float, list[float]]:
+    """For each level a threshold per projection: the quantile of |x| on a few tokens decoded at `context`."""
     layers = list(sparse_layers(engine).values())
     seen: list[list[Tensor]] = [[] for _ in layers]
     for layer, inputs in zip(layers, seen, strict=True):
         layer.observer = lambda x, inputs=inputs: inputs.append(x.float().abs().flatten())
     for index in range(tokens):
-        decode_at(engine, state, token=97 * index + 5, position=index)
+        decode_at(engine, state, token=97 * index + 5, position=context + index)
     for layer in layers:
         layer.observer = None
     flat = [torch.cat(inputs) for inputs in seen]
@@ -310,12 +312,12 @@ def realised_sparsity(engine: DecoderModel, state: DecodeState, thresholds: list
 
 
 @torch.inference_mode()
-def check_step(engine: DecoderModel, thresholds: dict[float, list[float]]) -> float:
+def check_step(engine: DecoderModel) -> float:
     """The CUDA step against the reference's, dense, on the first blocks; exits if they differ."""
     from teal.engine.cache import KVCache
     from teal.engine.decode_step import TokenPosition, reference_decode_step
 
-    set_thresholds(engine, thresholds[0.0])
+    set_thresholds(engine, [-1.0] * len(sparse_layers(engine)))
     blocks = engine.blocks[:2]
     caches = [KVCache(engine.new_cache(1, 512).blocks[:2], 512) for _ in range(2)]
     for ours, theirs in zip(*(cache.blocks for cache in caches), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teal.ops import nvrtc
 from teal.ops.packed import ChannelMajorWeight
+from teal.ops.reference import drop_small
 
 KINDS = ("plain", "normalized", "gated")  # of inputs, in the order of projection.cu
 MOST_VECTORS = 8  # of 4 input channels that a thread holds
@@ -109,7 +110,7 @@ class Projection:
 
 
 class CudaWeight(ChannelMajorWeight):
-    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, several go through it one after the other."""
+    """[K, N] on an NVIDIA GPU: one row goes through projection.cu; several, whose masks differ, are multiplied densely."""
 
     layout = "cuda"
 
@@ -125,14 +126,14 @@ class CudaWeight(ChannelMajorWeight):
         return nvrtc.unavailable()
 
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] != 1:
+            return self.dense_gemm(drop_small(x, threshold), bias)
         n, k = self.shape
-        x = x.contiguous()
-        y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+        x, y = x.contiguous(), torch.empty((1, n), dtype=x.dtype, device=x.device)
         with torch.cuda.device(x.device):
             kernel = _kernel(k, n, x.dtype, torch.cuda.current_device())
-            stream = torch.cuda.current_stream().cuda_stream
-            for row, result in zip(x, y, strict=True):
-                kernel.prepared(row, [Operands(self.storage[0], threshold, result, bias)]).start(stream)
+            launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)])
+            launch.start(torch.cuda.current_stream().cuda_stream)
         return y
 
 
