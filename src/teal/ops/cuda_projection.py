@@ -110,7 +110,7 @@ class Projection:
 
 
 class CudaWeight(ChannelMajorWeight):
-    """[K, N] on an NVIDIA GPU: one row goes through projection.cu; several, whose masks differ, are multiplied densely."""
+    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, several are masked and multiplied densely."""
 
     layout = "cuda"
 
