@@ -253,3 +253,8 @@ def test_the_chosen_tuning(channels: int, outputs: tuple[int, ...], kind: str, c
     tuning = choose_tuning(channels, outputs, 4, clusters)
     shape = Shape(channels, outputs, tuning, BRAIN, kind)
     check_exact(shape, exact_problem(shape, "mixed", "bias"))
+
+
+def test_a_block_with_fewer_threads_than_columns_to_finish_does_not_compile() -> None:
+    with pytest.raises(AssertionError, match="more threads are needed"):
+        Projection(72, (96,), HALF, tuning=Tuning(width=12, cluster=1, threads=64))
