@@ -1,9 +1,9 @@
 // Runs a CUDA kernel on a CPU, to test what it computes and how its threads wait for each other. Every CUDA thread is a
-// fiber that runs until it must wait: at a barrier or a shuffle. Blocks that share nothing run one after the other.
+// fiber that runs until it must wait: at a barrier or a shuffle.
 //
 // Stricter than a GPU where a GPU would hide a mistake: shared memory starts as NaN in every format; what is copied
 // asynchronously is NaN until it is awaited; no thread of a block may skip a barrier, none of a warp a shuffle. The
-// `order` in which warps get their turn (0 first to last, 1 last to first, others at random) must not change a bit.
+// `order` in which they get their turn (0 first warp to last, 1 last to first, others at random) must not change a bit.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -32,8 +32,8 @@ struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 
 namespace emulator {
-constexpr int MOST_THREADS = 1024, MOST_CLUSTER = 8, MOST_RANGES = 16, MOST_COPIES = 64;
-constexpr size_t STACK = 64 << 10, GUARD = 16 << 10;
+constexpr int MOST_FIBERS = 8192, MOST_BLOCKS = MOST_FIBERS / 32, MOST_RANGES = 16, MOST_COPIES = 16;
+constexpr size_t STACK = (32 << 10) + 576, GUARD = 4 << 10;
 constexpr unsigned char CANARY = 0xa5, POISON = 0xff;
 
 enum State { READY, AT_BARRIER, AT_SHUFFLE, AT_CLUSTER_BARRIER, EXITED };
@@ -66,155 +66,187 @@ struct Copy {
 struct Fiber {
     jmp_buf place;
     ucontext_t entry;
-    State state;
     bool started, arrived;  // arrived: at the cluster's barrier, and has not waited there yet
-    Meeting* waits_for;
-    unsigned phase, cluster_phase, cluster_barriers, groups;
-    int thread, rank, copies_count;
+    unsigned cluster_phase, cluster_barriers, groups;
+    int thread, block, copies_count;  // block: among those that run
     Copy copies[MOST_COPIES];
+    int number() const;
+};
+struct Waiting {  // of a fiber: what for
+    State state;
+    unsigned phase;
+    Meeting* meeting;
+    bool over() const { return state == READY || (state != EXITED && meeting->phase != phase); }
 };
 struct Range {
     const char *begin, *end;
 };
 
 static Fiber* fibers;
+static Waiting waiting[MOST_FIBERS];
 static char* stacks;
 static Fiber* running;
-static Block blocks[MOST_CLUSTER];
-static Warp warps[MOST_CLUSTER * MOST_THREADS / 32];
-static Meeting cluster_meeting;
+static Block blocks[MOST_BLOCKS];
+static Warp warps[MOST_FIBERS / 32];
+static Meeting cluster_meetings[MOST_BLOCKS];
 static jmp_buf scheduler;
 static size_t shared_size;
-static int first_block, cluster_size;
+static int first_block, cluster_size;  // the blocks that run are those from the first on
+static uint32_t random_state;
 static void (*body)();
 static Range readable[MOST_RANGES];
 static int readable_count;
 static char failure[400];
 
+inline int Fiber::number() const { return (int)(this - fibers); }
+static int random_below(int n) {
+    random_state = random_state * 1664525u + 1013904223u;
+    return (int)((uint64_t)random_state * n >> 32);
+}
 [[noreturn]] static void leave() { _longjmp(scheduler, 1); }
 [[noreturn]] static void fail(const char* what) {
-    snprintf(failure, sizeof failure, "%s (block %d, thread %d)", what, first_block + running->rank, running->thread);
+    snprintf(failure, sizeof failure, "%s (block %d, thread %d)", what, first_block + running->block, running->thread);
     leave();
 }
 __attribute__((noinline)) static void wait(State state, Meeting* meeting, unsigned phase) {
     if (meeting->phase != phase) return;
-    Fiber* fiber = running;
-    fiber->state = state, fiber->waits_for = meeting, fiber->phase = phase;
-    if (_setjmp(fiber->place) == 0) leave();
+    waiting[running->number()] = {state, phase, meeting};
+    if (_setjmp(running->place) == 0) leave();
 }
 static void start() {
     body();
     if (running->copies_count) fail("a thread exits before its copies have arrived");
     if (running->arrived) fail("a thread arrives at the cluster's barrier and never waits there");
-    running->state = EXITED;
-    blocks[running->rank].alive--;
+    waiting[running->number()].state = EXITED;
+    blocks[running->block].alive--;
     leave();
 }
 // Lets a fiber run until it waits or exits.
 __attribute__((noinline)) static void resume(Fiber* fiber) {
     running = fiber;
     threadIdx.x = fiber->thread;
-    blockIdx.x = first_block + fiber->rank;
+    blockIdx.x = first_block + fiber->block;
+    waiting[fiber->number()].state = READY;
     if (_setjmp(scheduler)) return;
     if (fiber->started) _longjmp(fiber->place, 1);
     fiber->started = true;
     setcontext(&fiber->entry);
 }
-static bool can_go_on(const Fiber& fiber) {
-    return fiber.state != EXITED && (fiber.state == READY || fiber.waits_for->phase != fiber.phase);
+// Lets those lanes of a warp that are in the mask run once each; returns whether any could.
+static bool turn_of(int warp, bool backwards, uint32_t mask = 0xffffffffu) {
+    bool any = false;
+    for (int i = 0; i < 32 && !*failure; i++) {
+        const int lane = backwards ? 31 - i : i, fiber = 32 * warp + lane;
+        if (!(mask >> lane & 1) || !waiting[fiber].over()) continue;
+        resume(fibers + fiber);
+        any = true;
+    }
+    return any;
 }
-static void check_canaries(int rank) {
-    const Block& block = blocks[rank];
+// Each warp runs as far as it can, then the next.
+static void run_in_order(int warp_count, bool backwards) {
+    for (bool progress = true; progress && !*failure;) {
+        progress = false;
+        for (int i = 0; i < warp_count; i++)
+            while (turn_of(backwards ? warp_count - 1 - i : i, backwards)) progress = true;
+    }
+}
+// One block at random after the other has some turns, in which one warp at random after the other runs, or some of its
+// lanes, while the others are left behind for as long as possible.
+static void run_at_random(int block_count, int block_warps) {
+    const int warp_count = block_count * block_warps;
+    int block = 0, turns = 0;
+    uint32_t mask = 0;
+    for (bool progress = true; progress && !*failure;) {
+        if (turns == 0) {
+            block = random_below(block_count), turns = 4 << random_below(8);
+            mask = random_below(2) ? 0xffffffffu : random_below(1 << 30) * 5u;
+        }
+        turns--;
+        progress = false;
+        const int own = block_warps * block, offset = random_below(block_warps);
+        for (int i = 0; i < block_warps && !progress; i++)
+            progress = turn_of(own + (offset + i) % block_warps, false, mask);
+        if (progress) continue;
+        turns = 0;
+        for (int i = 0; i < warp_count && !progress; i++)  // the other blocks first
+            progress = turn_of((own + block_warps + i) % warp_count, false);
+    }
+}
+static void check_canaries(const Block& block) {
     for (size_t i = 0; i < GUARD; i++) {
         const bool below = (unsigned char)block.memory[i] != CANARY;
         if (!below && (unsigned char)block.shared()[shared_size + i] == CANARY) continue;
-        snprintf(failure, sizeof failure, "block %d writes %s its shared memory", first_block + rank,
+        snprintf(failure, sizeof failure, "block %d writes %s its shared memory", first_block + int(&block - blocks),
                  below ? "below" : "beyond");
         return;
     }
 }
-static void report_deadlock(int threads) {
+static void check_exited(int fiber_count) {
     int counts[EXITED + 1] = {};
-    for (int i = 0; i < threads; i++) counts[fibers[i].state]++;
+    for (int i = 0; i < fiber_count; i++) counts[waiting[i].state]++;
+    if (counts[EXITED] == fiber_count || *failure) return;
     snprintf(failure, sizeof failure,
              "deadlock from block %d on: %d threads wait at __syncthreads, %d at a shuffle, %d at the cluster's "
              "barrier; %d have exited",
              first_block, counts[AT_BARRIER], counts[AT_SHUFFLE], counts[AT_CLUSTER_BARRIER], counts[EXITED]);
 }
-
-// Runs the blocks of one cluster together.
-static void run_cluster(int threads, int order, uint32_t& random) {
-    const int all = cluster_size * threads, warp_count = all / 32;
-    cluster_meeting = {all, 0, 0};
-    for (int rank = 0; rank < cluster_size; rank++) {
-        Block& block = blocks[rank];
+// Runs blocks from `first_block` on together.
+static void run_blocks(int block_count, int threads, int order) {
+    const int fiber_count = block_count * threads, warp_count = fiber_count / 32;
+    for (int i = 0; i < block_count; i++) {
+        Block& block = blocks[i];
         memset(block.memory, CANARY, shared_size + 2 * GUARD);
         memset(block.shared(), POISON, shared_size);
         block.barrier = {threads, 0, 0};
         block.alive = threads;
+        cluster_meetings[i / cluster_size] = {cluster_size * threads, 0, 0};
     }
     for (int i = 0; i < warp_count; i++) warps[i].shuffle = {32, 0, 0};
-    for (int i = 0; i < all; i++) {
+    for (int i = 0; i < fiber_count; i++) {
         Fiber& fiber = fibers[i];
-        fiber.state = READY;
+        waiting[i].state = READY;
         fiber.started = fiber.arrived = false;
         fiber.cluster_barriers = fiber.groups = 0, fiber.copies_count = 0;
-        fiber.thread = i % threads, fiber.rank = i / threads;
+        fiber.thread = i % threads, fiber.block = i / threads;
         getcontext(&fiber.entry);
         fiber.entry.uc_stack.ss_sp = stacks + i * STACK;
         fiber.entry.uc_stack.ss_size = STACK;
         fiber.entry.uc_link = nullptr;
         makecontext(&fiber.entry, start, 0);
     }
-    for (bool progress = true; progress;) {
-        progress = false;
-        const int offset = order > 1 ? (random = random * 1664525u + 1013904223u) >> 8 : 0;
-        for (int turn = 0; turn < warp_count; turn++) {
-            const int warp = order == 1 ? warp_count - 1 - turn : (turn + offset) % warp_count;
-            for (bool again = true; again;) {
-                again = false;
-                for (int lane = 0; lane < 32; lane++) {
-                    Fiber& fiber = fibers[32 * warp + (order == 1 ? 31 - lane : lane)];
-                    if (!can_go_on(fiber)) continue;
-                    fiber.state = READY;
-                    resume(&fiber);
-                    if (*failure) return;
-                    progress = again = true;
-                }
-                if (order > 1 && (random = random * 1664525u + 1013904223u) >> 30 == 0) break;
-            }
-        }
-    }
-    for (int rank = 0; rank < cluster_size; rank++) {
-        check_canaries(rank);
-        if (blocks[rank].alive && !*failure) report_deadlock(all);
-    }
+    if (order > 1)
+        run_at_random(block_count, threads / 32);
+    else
+        run_in_order(warp_count, order == 1);
+    for (int i = 0; i < block_count; i++) check_canaries(blocks[i]);
+    check_exited(fiber_count);
 }
-// Runs `grid` blocks; returns what went wrong, or "".
+// Runs `grid` blocks: cluster after cluster or, at random, as many together as there are fibers for. Returns what went
+// wrong, or "".
 static const char* run(int grid, int threads, int cluster, size_t shared_bytes, int order, void (*kernel)()) {
     *failure = 0;
-    if (threads % 32 || threads > MOST_THREADS || cluster > MOST_CLUSTER || grid % cluster)
-        return "a launch that the emulator does not know";
+    if (threads % 32 || threads > 1024 || cluster > 8 || grid % cluster) return "a launch that no GPU accepts";
     if (!fibers) {
-        fibers = (Fiber*)malloc(sizeof(Fiber) * MOST_THREADS * MOST_CLUSTER);
-        stacks = (char*)malloc(STACK * MOST_THREADS * MOST_CLUSTER);
+        fibers = (Fiber*)malloc(sizeof(Fiber) * MOST_FIBERS);
+        stacks = (char*)malloc(STACK * MOST_FIBERS);
     }
-    body = kernel, cluster_size = cluster, shared_size = (shared_bytes + 15) / 16 * 16;
-    for (int rank = 0; rank < cluster; rank++)
-        blocks[rank].memory = (char*)aligned_alloc(256, (shared_size + 2 * GUARD + 255) / 256 * 256);
-    uint32_t random = order;
-    const int clusters = grid / cluster, offset = order > 1 ? order % clusters : 0;
-    for (int i = 0; i < clusters && !*failure; i++) {
-        first_block = cluster * (order == 1 ? clusters - 1 - i : (i + offset) % clusters);
-        run_cluster(threads, order, random);
+    body = kernel, cluster_size = cluster, shared_size = (shared_bytes + 15) / 16 * 16, random_state = order;
+    const int most = order > 1 ? MOST_FIBERS / (cluster * threads) * cluster : cluster;
+    const int together = grid < most ? grid : most, rounds = (grid + together - 1) / together;
+    for (int i = 0; i < together; i++)
+        blocks[i].memory = (char*)aligned_alloc(256, (shared_size + 2 * GUARD + 255) / 256 * 256);
+    for (int i = 0; i < rounds && !*failure; i++) {
+        first_block = together * (order == 1 ? rounds - 1 - i : i);
+        run_blocks(grid - first_block < together ? grid - first_block : together, threads, order);
     }
-    for (int rank = 0; rank < cluster; rank++) free(blocks[rank].memory);
+    for (int i = 0; i < together; i++) free(blocks[i].memory);
     return failure;
 }
 
-static uint4* shared_memory() { return (uint4*)blocks[running->rank].shared(); }
+static uint4* shared_memory() { return (uint4*)blocks[running->block].shared(); }
 static void check_shared(const void* address, size_t bytes) {
-    const char* shared = blocks[running->rank].shared();
+    const char* shared = blocks[running->block].shared();
     if ((const char*)address < shared || (const char*)address + bytes > shared + shared_size)
         fail("a copy or a message goes to an address out of shared memory");
 }
@@ -224,7 +256,7 @@ static void allow_reading(const void* begin, size_t bytes) {
 }
 static uint32_t exchange(uint32_t mask, uint32_t value, int from) {
     if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
-    Warp& warp = warps[(running - fibers) / 32];
+    Warp& warp = warps[running->number() / 32];
     uint32_t* values = warp.values[warp.shuffle.phase % 2];
     values[running->thread % 32] = value;
     wait(AT_SHUFFLE, &warp.shuffle, warp.shuffle.arrive());
@@ -242,7 +274,7 @@ T shuffle(uint32_t mask, T value, int from) {
 }  // namespace emulator
 
 static inline void __syncthreads() {
-    emulator::Meeting& barrier = emulator::blocks[emulator::running->rank].barrier;
+    emulator::Meeting& barrier = emulator::blocks[emulator::running->block].barrier;
     emulator::wait(emulator::AT_BARRIER, &barrier, barrier.arrive());
 }
 template <class T>
@@ -346,12 +378,13 @@ static inline void cluster_arrive() {
     emulator::Fiber& fiber = *emulator::running;
     if (fiber.arrived) emulator::fail("a thread arrives twice at the cluster's barrier");
     fiber.arrived = true;
-    fiber.cluster_phase = emulator::cluster_meeting.arrive();
+    fiber.cluster_phase = emulator::cluster_meetings[fiber.block / emulator::cluster_size].arrive();
 }
 static inline void cluster_wait() {
     emulator::Fiber& fiber = *emulator::running;
     if (!fiber.arrived) emulator::fail("a thread waits at the cluster's barrier and has not arrived");
-    emulator::wait(emulator::AT_CLUSTER_BARRIER, &emulator::cluster_meeting, fiber.cluster_phase);
+    emulator::Meeting* meeting = &emulator::cluster_meetings[fiber.block / emulator::cluster_size];
+    emulator::wait(emulator::AT_CLUSTER_BARRIER, meeting, fiber.cluster_phase);
     fiber.arrived = false;
     fiber.cluster_barriers++;
 }
@@ -360,7 +393,7 @@ static inline void send(float* own, int rank, float v) {
     emulator::check_shared(own, 4);
     if (rank < 0 || rank >= emulator::cluster_size) emulator::fail("a message to a block out of the cluster");
     if (fiber.cluster_barriers == 0) emulator::fail("a message to a block that may not have started");
-    emulator::Block& to = emulator::blocks[rank];
+    emulator::Block& to = emulator::blocks[fiber.block / emulator::cluster_size * emulator::cluster_size + rank];
     if (to.alive == 0) emulator::fail("a message to a block that has exited");
-    *(float*)(to.shared() + ((char*)own - emulator::blocks[fiber.rank].shared())) = v;
+    *(float*)(to.shared() + ((char*)own - emulator::blocks[fiber.block].shared())) = v;
 }

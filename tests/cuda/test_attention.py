@@ -1,6 +1,7 @@
 """ops/cuda/attention.cu against attention in float64."""
 
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -54,7 +55,15 @@ HEADS = [
 def _device(device: EmulatedDevice) -> None: ...
 
 
-def check(of: Heads, position: int, window: int, per_share: int, monkeypatch: pytest.MonkeyPatch, size: float = 1.0):
+def check(
+    of: Heads,
+    position: int,
+    window: int,
+    per_share: int,
+    monkeypatch: pytest.MonkeyPatch,
+    size: float = 1.0,
+    orders: Sequence[int] = (0, 1, 2, 3),
+) -> None:
     """One token at `position`; what it must not see is NaN."""
     monkeypatch.setattr(cuda_step, "ATTENTION_THREADS", of.threads)
     config = types.SimpleNamespace(
@@ -88,7 +97,7 @@ def check(of: Heads, position: int, window: int, per_share: int, monkeypatch: py
     want = (scores.softmax(-1) @ every_value).flatten(0, 1)
 
     first: list[Tensor] = []
-    for order in (0, 1, 2):
+    for order in orders:
         keys, values = (cache.clone() for cache in before)
         attended = torch.full((of.heads * dim + 32,), float("nan"), dtype=of.dtype)
         partial = torch.full((of.kv_heads * of.shares * group * (dim + 2) + 8,), float("nan"))
@@ -137,3 +146,8 @@ def test_several_tiles_of_positions(of: Heads, per_share: int, monkeypatch: pyte
 def test_large_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     check(HEADS[1].values[0], 60, 0, 4, monkeypatch, size=100.0)  # pyright: ignore
     check(HEADS[2].values[0], 60, 0, 4, monkeypatch, size=100.0)  # pyright: ignore
+
+
+@pytest.mark.parametrize("of", [HEADS[1], HEADS[5], HEADS[6]])
+def test_many_orders_of_the_shares(of: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(of, 2, 0, 1, monkeypatch, orders=range(80))

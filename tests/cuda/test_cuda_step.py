@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def engine_of(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> DecoderModel:
     monkeypatch.setenv("TEAL_LAYOUT", "channel_major")
     family, changes = MODELS[name]
-    changes = {"num_hidden_layers": 3, "max_position_embeddings": 512, **changes}
+    changes = {"num_hidden_layers": 2, "max_position_embeddings": 512, **changes}
     weights = {
         name.removeprefix("model."): tensor.to(dtype)
         for name, tensor in tiny_model(family, **changes).state_dict().items()
@@ -81,7 +81,7 @@ def _device(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_dense(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     both = Both(engine_of(name, dtype, monkeypatch))
-    for position in range(PROMPT, PROMPT + 5):
+    for position in range(PROMPT, PROMPT + 3):
         both.token(position)
 
 
