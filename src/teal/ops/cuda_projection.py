@@ -117,13 +117,15 @@ class CudaWeight(ChannelMajorWeight):
     @classmethod
     def refusal(cls, weight: Tensor) -> str | None:
         n, k = weight.shape
+        if reason := nvrtc.unavailable():
+            return reason
         if not weight.is_cuda:
             return "it is not on a CUDA device"
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
         if n % 8 or k % 8 or k > 32768:
             return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
-        return nvrtc.unavailable()
+        return None
 
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[0] != 1:

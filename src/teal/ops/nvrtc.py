@@ -78,6 +78,7 @@ def has_clusters() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
+@cache
 def unavailable() -> str | None:
     """Why CUDA C++ kernels cannot run here, or None if they can."""
     if not torch.cuda.is_available():

@@ -311,6 +311,7 @@ template <class Tile>
 struct Total {
     static constexpr int COLUMNS = Tile::COLUMNS, SHARE = divided_up(COLUMNS, CLUSTER);
     static_assert(COLUMNS <= 128 * DEPTH, "the slots hold the sums");
+    static_assert(SHARE <= THREADS, "more threads are needed: each finishes at most one column");
     struct Received {
         float sums[CLUSTER][SHARE];  // by the block they come from
     };
