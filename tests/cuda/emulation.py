@@ -31,7 +31,9 @@ class EmulatedKernel:
         library.run_kernel.restype = ctypes.c_char_p
         library.shared_size.restype = library.arguments_size.restype = ctypes.c_long
 
-    def prepared(self, grid: int, threads: int, arguments: ctypes.Structure, *, cluster: int = 1) -> "EmulatedLaunch":
+    def prepared(
+        self, grid: int, threads: int, arguments: ctypes.Structure, *, cluster: int = 1, dependent: bool = False
+    ) -> "EmulatedLaunch":
         assert threads == self.threads, "the kernel was compiled for another number of threads"
         assert ctypes.sizeof(arguments) == self.library.arguments_size()
         assert self.library.shared_size() <= self.shared_bytes
