@@ -27,6 +27,8 @@ class ScriptedEngine:
     def new_cache(self, batch, context):
         return KVCache((), context)
 
+    decode_step = None  # none that could be captured
+
     def prefill(self, tokens, cache):
         return self.logits()
 

@@ -5,7 +5,7 @@ norm, q, k, v | rotary embedding, cache write, attention | o, residual | norm, g
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from teal.engine.config import EngineConfig
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.linear import SparseLinear
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import Operands, Projection
+from teal.ops.cuda_projection import CudaWeight, Operands, Projection
+
+if TYPE_CHECKING:
+    from teal.engine.model import DecoderModel
 
 ATTENTION_THREADS = 512
 POSITIONS_PER_SHARE = 256  # attention splits no finer
@@ -36,6 +39,16 @@ class _AttentionArguments(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("capacity", "window", "positions_per_share")),
         ("eps", ctypes.c_float),
     ]  # fmt: skip
+
+
+def serves(model: "DecoderModel") -> bool:
+    """Whether this step can run the model where it is: its weights are packed for it and its shapes fit."""
+    layers = (layer for block in model.blocks for layer in projections(block))
+    return (
+        model.device.type == "cuda"
+        and refusal(model.config, model.dtype) is None
+        and all(layer.packed.layout == CudaWeight.layout for layer in layers)
+    )
 
 
 def refusal(config: EngineConfig, dtype: torch.dtype) -> str | None:
@@ -83,15 +96,18 @@ class CudaDecodeStep:
         self._attention = nvrtc.compile_kernel(
             "attention.cu", "attention", attention_macros(config, dtype, self._shares), attention_shared_bytes(config)
         )
+        self.observed = False
         self._tensors: list[Any] = []
         self._launches: list[nvrtc.Launch] = []
 
     def __call__(
         self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
     ) -> Tensor:
-        if hidden.shape[0] != 1 or any(layer.observer is not None for block in blocks for layer in projections(block)):
+        if hidden.shape[0] != 1:
             return reference_decode_step(blocks, hidden, cache, position)
         self.refresh(blocks, cache)
+        if self.observed:
+            return reference_decode_step(blocks, hidden, cache, position)
         self._hidden.copy_(hidden[0])
         for own, given in zip(self._token, position, strict=True):
             own.copy_(given.view_as(own))
@@ -101,19 +117,24 @@ class CudaDecodeStep:
         return self._hidden.clone()[None]
 
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> bool:
-        """Prepare the launches anew if tensors were replaced since; returns whether they were."""
-        tensors = [tensor for block, kv in zip(blocks, cache.blocks, strict=True) for tensor in _tensors_of(block, kv)]
+        """Prepare the launches anew if tensors were replaced since; returns whether they were.
+
+        `observed` then tells whether someone watches a projection's inputs, which only the reference's step shows.
+        """
+        layers = [layer for block in blocks for layer in projections(block)]
+        self.observed = any(layer.observer is not None for layer in layers)
+        tensors = [*(setting for layer in layers for setting in _settings(layer)), *cache.blocks]
         if len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True)):
             return False
         self._tensors = tensors
         self._launches = [
             launch
-            for block, block_cache in zip(blocks, cache.blocks, strict=True)
-            for launch in self._block_launches(block, block_cache)
+            for index, (block, block_cache) in enumerate(zip(blocks, cache.blocks, strict=True))
+            for launch in self._block_launches(block, block_cache, first=index == 0)
         ]
         return True
 
-    def _block_launches(self, block: DecoderBlock, cache: BlockCache) -> list[nvrtc.Launch]:
+    def _block_launches(self, block: DecoderBlock, cache: BlockCache, first: bool) -> list[nvrtc.Launch]:
         attention, mlp, eps = block.self_attn, block.mlp, self._config.rms_norm_eps
         query, key = attention.q_proj.out_features, attention.k_proj.out_features
         q, k, v = self._qkv.split((query, key, key))
@@ -127,12 +148,13 @@ class CudaDecodeStep:
             for layer, y in zip((mlp.gate_proj, mlp.up_proj), self._gate_up.chunk(2), strict=True)
         ]
         down = [self._operands(mlp.down_proj, self._hidden)]
+        norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
         return [
-            self._project_qkv.prepared(self._hidden, qkv, block.input_layernorm.weight, eps=eps),
+            self._project_qkv.prepared(self._hidden, qkv, norms[0], eps=eps, dependent=not first),
             self._attend(block, cache),
-            self._project_o.prepared(self._attended, o, residual=self._hidden),
-            self._project_gate_up.prepared(self._middle, gate_up, block.post_attention_layernorm.weight, eps=eps),
-            self._project_down.prepared(self._gate_up, down, residual=self._middle),
+            self._project_o.prepared(self._attended, o, residual=self._hidden, dependent=True),
+            self._project_gate_up.prepared(self._middle, gate_up, norms[1], eps=eps, dependent=True),
+            self._project_down.prepared(self._gate_up, down, residual=self._middle, dependent=True),
         ]
 
     def _operands(self, layer: SparseLinear, y: Tensor) -> Operands:
@@ -153,7 +175,8 @@ class CudaDecodeStep:
         arguments.window = attention.window or 0
         arguments.positions_per_share = POSITIONS_PER_SHARE
         arguments.eps = self._config.rms_norm_eps
-        return self._attention.prepared(self._config.kv_heads * self._shares, ATTENTION_THREADS, arguments)
+        grid = self._config.kv_heads * self._shares
+        return self._attention.prepared(grid, ATTENTION_THREADS, arguments, dependent=True)
 
 
 def projections(block: DecoderBlock) -> tuple[SparseLinear, ...]:
@@ -165,10 +188,9 @@ def projections(block: DecoderBlock) -> tuple[SparseLinear, ...]:
     )  # fmt: skip
 
 
-def _tensors_of(block: DecoderBlock, cache: BlockCache) -> list[Any]:
-    """What launches hold the addresses of and what may be replaced."""
-    settings = [(layer.threshold, layer.sparse_bias, layer.always_dense) for layer in projections(block)]
-    return [*(setting for layer in settings for setting in layer), cache.keys, cache.values]
+def _settings(layer: SparseLinear) -> tuple[Any, ...]:
+    """What launches depend on and what may be replaced."""
+    return layer.threshold, layer.sparse_bias, layer.always_dense
 
 
 def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int) -> dict[str, object]:

@@ -46,6 +46,10 @@ class DecodeStep(Protocol):
 
 def choose_decode_step(model: "DecoderModel") -> DecodeStep:
     """The best implementation for the model's device, dtype and weight layout."""
+    from teal.engine import cuda_step
+
+    if cuda_step.serves(model):
+        return cuda_step.CudaDecodeStep(model.config, model.dtype, model.device)
     return reference_decode_step
 
 

@@ -1,7 +1,7 @@
 """Generate: prefill, decode one token, decode tokens, generate text, each built on the one before."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teal.engine.cache import KVCache, check_holds, whole_extents
+from teal.engine.capture import CapturedToken
 from teal.engine.model import DecoderModel
 from teal.engine.sampling import Sampler, SamplingConfig
 from teal.engine.text import Detokenizer, StopStrings
@@ -22,12 +23,14 @@ _INVALID = -1  # what the host reads for a token whose logits are not finite
 class DecodeState:
     """The static buffers of a decode: KV cache, the next `token` [B] and its `position` [B], both int64.
 
-    One generation at a time may use a state; the next one overwrites it.
+    `captured` holds what runs as a graph over them, where device and model allow it. One generation at a time may
+    use a state; the next one overwrites it.
     """
 
     cache: KVCache
     token: Tensor
     position: Tensor
+    captured: dict[str, CapturedToken] = field(default_factory=dict, init=False)
     in_use: bool = field(default=False, init=False)
 
     @classmethod
@@ -74,17 +77,31 @@ def prefill(engine: DecoderModel, state: DecodeState, sampler: Sampler, prompt: 
 def decode_one_token(engine: DecoderModel, state: DecodeState, sampler: Sampler, cache: KVCache) -> Tensor:
     """Run the state's token and choose the next; returns what the host may read [B].
 
-    `cache` is the state's or views of its first positions. All on the device and on static buffers: this is
-    the step that can be captured as a whole.
+    `cache` is the state's or views of its first positions. All on the device and on static buffers, so that it runs
+    as one graph where it can: whole if the choice is greedy, up to the logits if the sampler has a state of its own.
     """
+    if not CapturedToken.serves(engine, state.token.shape[0]):
+        return _choose(_decode(engine, state, cache), state, sampler)
+    if sampler.is_greedy:
+        return _captured(engine, state, "token", lambda: _choose(_decode(engine, state, state.cache), state, sampler))
+    return _choose(_captured(engine, state, "logits", lambda: _decode(engine, state, state.cache)), state, sampler)
+
+
+def _decode(engine: DecoderModel, state: DecodeState, cache: KVCache) -> Tensor:
     logits = engine.decode(state.token, state.position, cache)
     state.position.add_(1)
-    return _choose(logits, state, sampler)
+    return logits
+
+
+def _captured(engine: DecoderModel, state: DecodeState, name: str, run: Callable[[], Tensor]) -> Tensor:
+    if name not in state.captured:
+        state.captured[name] = CapturedToken(engine, state.cache, (state.token, state.position), run)
+    return state.captured[name]()
 
 
 def _choose(logits: Tensor, state: DecodeState, sampler: Sampler) -> Tensor:
     state.token.copy_(sampler(logits))
-    return torch.where(logits.isfinite().all(dim=-1), state.token, _INVALID)
+    return torch.where(logits.sum(dim=-1, dtype=torch.float32).isfinite(), state.token, _INVALID)
 
 
 def decode_tokens(

@@ -61,6 +61,11 @@ class Sampler:
             said = torch.zeros((prompt.shape[0], vocabulary), dtype=torch.bool, device=prompt.device)
             self._said = said.scatter_(1, prompt, True)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the choice depends on the logits alone."""
+        return self.config.temperature == 0 and self._said is None
+
     def __call__(self, logits: Tensor) -> Tensor:
         """logits [B, vocabulary] -> tokens [B] int64. Nothing waits for the host."""
         scores = logits.float()

@@ -3,11 +3,14 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from teal.ops import nvrtc
+from teal.ops.packed import ChannelMajorWeight
+from teal.ops.reference import drop_small
 
 KINDS = ("plain", "normalized", "gated")  # of inputs, in the order of projection.cu
 MOST_VECTORS = 8  # of 4 input channels that a thread holds
@@ -88,15 +91,55 @@ class Projection:
         norm: Tensor | None = None,
         residual: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        dependent: bool = False,
     ) -> nvrtc.Launch:
-        """A launch with these addresses; x [K], or gate and up [2 K]; norm [K], residual [N]. They must outlive it."""
+        """A launch with these addresses; x [K], or gate and up [2 K]; norm [K], residual [N]. They must outlive it.
+
+        `dependent`: see `nvrtc.Kernel.prepared`; weights, thresholds and norms must then be older.
+        """
         arguments = _Arguments(x=_address(x), norm=_address(norm), residual=_address(residual))
         arguments.count, arguments.eps = len(operands), eps
         for slot, of in zip(arguments.projections, operands, strict=False):
             slot.weight, slot.threshold, slot.y = _address(of.weight), _address(of.threshold), _address(of.y)
             slot.bias, slot.sparse_bias = _address(of.bias), _address(of.sparse_bias)
             slot.outputs, slot.threshold_each = of.weight.shape[1], of.threshold.ndim
-        return self.kernel.prepared(self.blocks, self.tuning.threads, arguments, cluster=self.tuning.cluster)
+        return self.kernel.prepared(
+            self.blocks, self.tuning.threads, arguments, cluster=self.tuning.cluster, dependent=dependent
+        )
+
+
+class CudaWeight(ChannelMajorWeight):
+    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, several are masked and multiplied densely."""
+
+    layout = "cuda"
+
+    @classmethod
+    def refusal(cls, weight: Tensor) -> str | None:
+        n, k = weight.shape
+        if not weight.is_cuda:
+            return "it is not on a CUDA device"
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
+        if n % 8 or k % 8 or k > 32768:
+            return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
+        return nvrtc.unavailable()
+
+    def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] != 1:
+            return self.dense_gemm(drop_small(x, threshold), bias)
+        n, k = self.shape
+        x, y = x.contiguous(), torch.empty((1, n), dtype=x.dtype, device=x.device)
+        with torch.cuda.device(x.device):
+            kernel = _kernel(k, n, x.dtype, torch.cuda.current_device())
+            launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)])
+            launch.start(torch.cuda.current_stream().cuda_stream)
+        return y
+
+
+@cache
+def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Projection:
+    return Projection(channels, (outputs,), dtype)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -140,7 +183,7 @@ def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, l
             if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
                 continue
             waves = blocks_of(outputs, tuning) / multiprocessors
-            unaligned = 0.2 if width % 4 else 0.1 if width % 8 else 0
+            unaligned = 0.3 if width % 4 else 0.2 if width % 8 else 0
             badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + 0.01 * cluster
             if best is None or badness < best[0]:
                 best = (badness, tuning)

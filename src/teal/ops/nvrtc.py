@@ -25,10 +25,13 @@ class Kernel:
     def __init__(self, function: Any, shared_bytes: int) -> None:
         self._function, self._shared_bytes = function, shared_bytes
 
-    def prepared(self, grid: int, threads: int, arguments: ctypes.Structure, *, cluster: int = 1) -> "Launch":
+    def prepared(
+        self, grid: int, threads: int, arguments: ctypes.Structure, *, cluster: int = 1, dependent: bool = False
+    ) -> "Launch":
         """A launch of `grid` blocks of `threads`, `cluster` neighbours sharing their memory, with one argument.
 
-        The kernel must await the one before it itself (programmatic dependent launch).
+        `dependent`: it may be set up while the kernel before it, one of ours too, still runs; it then awaits that
+        one's results itself, and what it reads before must be older (programmatic dependent launch).
         """
         driver = _bindings("driver")
         config = driver.CUlaunchConfig()
@@ -41,7 +44,7 @@ class Kernel:
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
             attributes.append(attribute)
-        if has_clusters():
+        if dependent and has_clusters():
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1

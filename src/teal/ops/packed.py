@@ -32,6 +32,11 @@ class PackedWeight(ABC):
         self.storage = tuple(storage)
 
     @classmethod
+    def refusal(cls, weight: Tensor) -> str | None:
+        """Why a weight [N, K] cannot have this layout where it is, or None."""
+        return None
+
+    @classmethod
     @abstractmethod
     def pack(cls, weight: Tensor) -> "PackedWeight":
         """Store weight [N, K]. The result may share its memory."""
@@ -123,11 +128,3 @@ class ChannelMajorWeight(PackedWeight):
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.storage[0].t(), bias)
-
-
-LAYOUTS: dict[str, type[PackedWeight]] = {layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight)}
-
-
-def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
-    """The packed weight behind the tensors and the layout name that a custom op received."""
-    return LAYOUTS[layout](storage)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from teal.errors import TealError
-from teal.ops.packed import LAYOUTS, MAX_SPARSE_ROWS, PackedWeight, restore
+from teal.ops.cuda_projection import CudaWeight
+from teal.ops.layouts import LAYOUTS, restore
+from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.reference import drop_small, first_sparse_token
 
 
@@ -25,7 +27,14 @@ def pack(weight: Tensor) -> PackedWeight:
     forced = os.environ.get("TEAL_LAYOUT")
     if forced is not None and forced not in LAYOUTS:
         raise TealError(f"TEAL_LAYOUT={forced!r} is no layout; choose from {', '.join(LAYOUTS)}")
-    return LAYOUTS[forced or "row_major"].pack(weight)
+    layout = LAYOUTS[forced or _best(weight)]
+    if reason := layout.refusal(weight):
+        raise TealError(f"the layout {layout.layout} cannot hold this weight: {reason}")
+    return layout.pack(weight)
+
+
+def _best(weight: Tensor) -> str:
+    return "row_major" if CudaWeight.refusal(weight) else "cuda"
 
 
 def sparse_gemv(x: Tensor, weight: PackedWeight, threshold: Tensor, bias: Tensor | None = None) -> Tensor:

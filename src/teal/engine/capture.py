@@ -1,0 +1,59 @@
+"""One decoded token as a CUDA graph: it starts with a single launch, and the host is free meanwhile."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from teal.engine.cache import KVCache
+from teal.engine.cuda_step import CudaDecodeStep
+from teal.engine.model import DecoderModel
+
+
+class CapturedToken:
+    """`run`, which decodes one token of `engine` over static buffers and a `cache`, as a graph.
+
+    Positions may grow and thresholds may change in place without another capture; where tensors were replaced
+    (thresholds of another shape, another cache), the next call captures anew. Before a capture `run` is called
+    once to warm up; `buffers` are what it changes, and get their values back.
+    """
+
+    def __init__(
+        self, engine: DecoderModel, cache: KVCache, buffers: Sequence[Tensor], run: Callable[[], Tensor]
+    ) -> None:
+        self._engine, self._cache, self._buffers, self._run = engine, cache, buffers, run
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
+
+    @staticmethod
+    def serves(engine: DecoderModel, batch: int) -> bool:
+        """Whether the model's decode step can be captured."""
+        return batch == 1 and isinstance(engine.decode_step, CudaDecodeStep)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """Run the token; the next call overwrites what `run` returned. Nothing waits for the host."""
+        step = self._engine.decode_step
+        assert isinstance(step, CudaDecodeStep)
+        changed = step.refresh(self._engine.blocks, self._cache)
+        if step.observed:
+            return self._run()
+        if changed or self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._result is not None
+        self._graph.replay()
+        return self._result
+
+    def _capture(self) -> None:
+        before = [buffer.clone() for buffer in self._buffers]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need before the capture
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.copy_(value)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = self._run()

@@ -1,0 +1,17 @@
+"""The layouts that there are, by the name that custom ops pass along."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from teal.ops.cuda_projection import CudaWeight
+from teal.ops.packed import ChannelMajorWeight, PackedWeight, RowMajorWeight
+
+LAYOUTS: dict[str, type[PackedWeight]] = {
+    layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight, CudaWeight)
+}
+
+
+def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
+    """The packed weight behind the tensors and the layout name that a custom op received."""
+    return LAYOUTS[layout](storage)

@@ -1,0 +1,104 @@
+"""What only a GPU can show; run with -m gpu. The kernels' source is tested on CPUs too, in tests/cuda."""
+
+import pytest
+import torch
+from helpers import tiny_config
+
+from teal.engine import DecodeState, SamplingConfig, decode_tokens
+from teal.engine.config import EngineConfig
+from teal.engine.cuda_step import CudaDecodeStep
+from teal.engine.model import DecoderModel
+from teal.linear import sparse_layers
+from teal.ops import nvrtc, reference
+from teal.ops.cuda_projection import CudaWeight
+from teal.ops.sparse_gemv import pack, sparse_gemv
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"CUDA kernels: {nvrtc.unavailable()}"),
+]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (64, 4096), (4096, 64), (1000, 1104), (14336, 4096), (4096, 14336)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.9, 1.0])
+def test_the_kernel_equals_the_reference(n, k, sparsity, dtype):
+    torch.manual_seed(n + k)
+    weight, x, bias = normal(n, k, dtype=dtype), normal(1, k, dtype=dtype), normal(n, dtype=dtype)
+    packed = pack(weight)
+    assert isinstance(packed, CudaWeight)
+    for threshold in (x.float().abs().quantile(sparsity), torch.rand(k, device="cuda") * 2 * sparsity):
+        got = sparse_gemv(x, packed, threshold, bias)
+        want = reference.sparse_gemv(x.float(), weight.float(), threshold, bias.float())
+        assert (got.float() - want).norm() <= TOLERANCE[dtype] * want.norm()
+        assert torch.equal(got, sparse_gemv(x, packed, threshold, bias))
+
+
+@pytest.mark.parametrize("rows", [0, 2, 8, 9])
+def test_several_rows_keep_their_own_masks(rows):
+    weight, x = normal(96, 64, dtype=torch.float16), normal(rows, 64, dtype=torch.float16)
+    threshold = torch.tensor(0.5, device="cuda")
+    got = sparse_gemv(x, pack(weight), threshold)
+    torch.testing.assert_close(got, reference.sparse_gemv(x, weight, threshold), rtol=5e-3, atol=5e-2)
+
+
+def test_nan_is_kept():
+    weight, x = normal(64, 64, dtype=torch.bfloat16), normal(1, 64, dtype=torch.bfloat16)
+    x[0, 3] = float("nan")
+    assert sparse_gemv(x, pack(weight), torch.tensor(10.0, device="cuda")).isnan().all()
+
+
+def tiny_engine(family: str, layout: str | None, monkeypatch: pytest.MonkeyPatch) -> DecoderModel:
+    if layout:
+        monkeypatch.setenv("TEAL_LAYOUT", layout)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
+    config = tiny_config(family, **sizes)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        scale = 0.1 if len(shape) > 1 else 0.2
+        values = torch.randn(shape, device="cuda", generator=generator) * scale + ("norm" in name)
+        return values.to(torch.float16)
+
+    engine = DecoderModel(EngineConfig.of(config), take, 256).eval()
+    monkeypatch.delenv("TEAL_LAYOUT", raising=False)
+    return engine
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_captured_steps_follow_the_reference(family, monkeypatch):
+    ours, theirs = (tiny_engine(family, layout, monkeypatch) for layout in (None, "row_major"))
+    assert isinstance(ours.decode_step, CudaDecodeStep)
+    assert not isinstance(theirs.decode_step, CudaDecodeStep)
+    for threshold in (-1.0, 0.3):
+        logits = []
+        for engine in (ours, theirs):
+            for layer in sparse_layers(engine).values():
+                layer.set_threshold(threshold)
+            cache = engine.new_cache()
+            engine.prefill(torch.arange(5, 25, device="cuda")[None], cache)
+            at = torch.tensor([20], device="cuda")
+            logits.append(engine.decode(torch.tensor([7], device="cuda"), at, cache).float())
+        error = (logits[0] - logits[1]).norm() / logits[1].norm()
+        assert error < (5e-3 if threshold < 0 else 0.2)  # masks flip where rounding differs
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.8, top_k=20, seed=3)], ids=str)
+def test_a_state_generates_the_same_again_and_follows_a_new_level(sampling, monkeypatch):
+    engine = tiny_engine("llama", None, monkeypatch)
+    state = DecodeState.of(engine)
+    first = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
+    assert first == list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
+    for threshold in (0.5, torch.full((128,), 0.5)):  # in place, then of another shape: captured anew
+        for name, layer in sparse_layers(engine).items():
+            if layer.in_features == 128 and "o_proj" not in name:
+                layer.set_threshold(threshold)
+        changed = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
+        fresh = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True))
+        assert changed == fresh
+    assert changed != first
