@@ -151,18 +151,14 @@ static void run_in_order(int warp_count, bool backwards) {
             while (turn_of(backwards ? warp_count - 1 - i : i, backwards)) progress = true;
     }
 }
-// One block at random after the other has some turns, in which one warp at random after the other runs, or some of its
-// lanes, while the others are left behind for as long as possible.
+// One block at random after the other has some turns, in each of which one warp at random runs; in the last turn, only
+// some of its lanes do.
 static void run_at_random(int block_count, int block_warps) {
     const int warp_count = block_count * block_warps;
     int block = 0, turns = 0;
-    uint32_t mask = 0;
     for (bool progress = true; progress && !*failure;) {
-        if (turns == 0) {
-            block = random_below(block_count), turns = 4 << random_below(8);
-            mask = random_below(2) ? 0xffffffffu : random_below(1 << 30) * 5u;
-        }
-        turns--;
+        if (turns == 0) block = random_below(block_count), turns = 1 << random_below(10);
+        const uint32_t mask = --turns ? 0xffffffffu : random_below(1 << 30) * 5u;
         progress = false;
         const int own = block_warps * block, offset = random_below(block_warps);
         for (int i = 0; i < block_warps && !progress; i++)
