@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-native lint clean
 
 demo: $(STAMP)
 	$(BIN)/teal demo --output teal-demo --overwrite
@@ -15,12 +15,18 @@ test: lint
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# The CPU kernels alone, under address and undefined-behaviour sanitizers, on every instruction set of this machine.
+test-native:
+	cmake -S . -B build/driver -DTEAL_DRIVER=ON
+	cmake --build build/driver
+	build/driver/teal_driver
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -253,7 +253,8 @@ def report(
     peer = statistics.median(speeds.get("gpt-fast dense", [float("nan")]))
     blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
     config, element = engine.config, 2
-    rest = engine.lm_head.numel() * element + 2 * config.blocks * config.kv_heads * config.head_dim * context * element
+    cache = 2 * config.blocks * config.kv_heads * config.head_dim * context
+    rest = element * (config.vocab_size * config.hidden_size + cache)
     for label, values in speeds.items():
         level = float(label.split()[1].rstrip("%")) / 100 if label.startswith("ours") else 0.0
         median, floor = statistics.median(values), bandwidth / (blocks * (1 - realised[level]) + rest)

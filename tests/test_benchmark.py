@@ -64,7 +64,9 @@ class TestFigures:
         assert result.bandwidth == 2e9
         assert sparse.bandwidth_share == pytest.approx(sparse.bytes_read * 4.0 / 2e9)
 
-    def test_what_is_recorded(self, engine: DecoderModel) -> None:
+    def test_what_is_recorded(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TEAL_LAYOUT", "row_major")
+        engine = load_engine(directory)
         details = run(engine, name="tiny").details
         assert details["model"] == "tiny"
         assert (details["prompt_tokens"], details["new_tokens"], details["repeats"]) == (4, 8, 2)
@@ -92,7 +94,8 @@ class TestFigures:
 class TestBytes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("tied", [False, True])
-    def test_by_hand(self, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    def test_by_hand(self, tied: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TEAL_LAYOUT", "row_major")
         engine = load_engine(save_tiny(tmp_path, tie_word_embeddings=tied, dtype=dtype))
         block = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 32 * 56
         fixed = 258 * 32 + 5 * 32 + 2 * 2 * 2 * 8 * 10  # LM head, norms, keys and values of 10 positions

@@ -173,7 +173,7 @@ class TestPlansAndLevels:
         model = tiny_model()
         before = model(input_ids=TOKENS[:, :1]).logits
         run(model, tiny_plan(model))
-        assert torch.equal(model(input_ids=TOKENS[:, :1]).logits, before)
+        torch.testing.assert_close(model(input_ids=TOKENS[:, :1]).logits, before)
         assert all(layer.dense_tokens == -1 for layer in sparse_layers(model).values())
 
     @pytest.mark.parametrize("fails", [False, True])

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import TealError
-from teal.linear import SparseLinear, sparse_from, sparse_layers
+from teal.linear import SparseHead, SparseLinear, sparse_from, sparse_layers
 from teal.ops import reference
 from teal.ops.layouts import LAYOUTS
+from teal.ops.sparse_gemv import QUANTIZATIONS
 
 X = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(params=[name for name, kind in LAYOUTS.items() if not kind.refusal(torch.ones(8, 8))])
+EXACT = [name for name, kind in LAYOUTS.items() if name not in QUANTIZATIONS.values() and not kind.refusal(X[0])]
+
+
+@pytest.fixture(params=EXACT)
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TEAL_LAYOUT", request.param)
     return request.param
@@ -179,3 +183,28 @@ class TestSparseFrom:
     def test_needs_a_sparse_model(self) -> None:
         with pytest.raises(TealError, match=r"no sparse projections; call teal\.sparsify"):
             sparse_layers(nn.Sequential(nn.Linear(6, 4)))
+
+
+class TestHead:
+    def test_is_dense_until_told(self) -> None:
+        head, x = SparseHead(torch.randn(9, 40)), torch.randn(3, 40)
+        torch.testing.assert_close(head.decode(x), x @ head.weight.t())
+        torch.testing.assert_close(head.prefill(x[None]), (x @ head.weight.t())[None])
+
+    def test_drops_the_smallest_inputs_of_each_row(self) -> None:
+        head, x = SparseHead(torch.randn(9, 40)), torch.randn(3, 40)
+        head.set_sparsity(0.5)
+        kept = torch.zeros_like(x, dtype=torch.bool).scatter(1, x.abs().topk(20, dim=1).indices, True)
+        torch.testing.assert_close(head.decode(x), torch.where(kept, x, 0) @ head.weight.t())
+        torch.testing.assert_close(head.prefill(x), x @ head.weight.t())
+        head.set_sparsity(0.0)
+        torch.testing.assert_close(head.decode(x), x @ head.weight.t())
+
+    @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+    def test_bad_share(self, share: float) -> None:
+        with pytest.raises(TealError, match="sparsity of the LM head must be at least 0 and below 1"):
+            SparseHead(torch.randn(9, 40)).set_sparsity(share)
+
+    def test_is_no_projection(self) -> None:
+        model = nn.Sequential(SparseLinear(torch.randn(4, 6)), SparseHead(torch.randn(4, 6)))
+        assert list(sparse_layers(model)) == ["0"]

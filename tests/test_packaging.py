@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The wheel of this tree, installed beside nothing else."""
-    pytest.importorskip("hatchling", reason="building the wheel needs the build backend")
+    pytest.importorskip("scikit_build_core", reason="building the wheel needs the build backend")
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheel = ["wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]

@@ -15,12 +15,13 @@ from teal.engine.generate import DecodeState, decode_tokens
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
 from teal.linear import always_dense, sparse_layers
-from teal.ops import reference
+from teal.ops import native, reference
 from teal.ops.sparse_gemv import sparse_gemv
-from teal.plan import SparsityPlan
+from teal.plan import DENSE, ProjectionPlan, SparsityPlan
 from teal.progress import track
 from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
+from teal.structure import ModelStructure, identify
 
 FORMAT = "teal.benchmark"
 VERSION = 1
@@ -131,11 +132,49 @@ def benchmark(
         "dtype": str(engine.dtype).removeprefix("torch."), "device": str(engine.device),
         "torch": torch.__version__, "threads": torch.get_num_threads(),
         "layout": next(iter(sparse_layers(engine).values())).packed.layout,
+        "weights": engine.config.quantization or "as loaded",
+        "head": engine.config.head_quantization or "as loaded", "head_sparsity": engine.lm_head.sparsity,
         "largest_relative_error": checked, "tolerance": TOLERANCE[engine.dtype],
-        "rule": "every decoded token is sparse, prefill is dense and not timed, the LM head is dense; "
-        "the dense row runs the layout's dense product",
+        "rule": "every decoded token is sparse, prefill is dense and not timed, the dense row runs the layout's dense "
+        f"product; LM head in every row: {_head(engine)}",
     }  # fmt: skip
     return Benchmark(speeds, bandwidth, details)
+
+
+def _head(engine: DecoderModel) -> str:
+    share = engine.lm_head.sparsity
+    return f"{share:g} of its inputs dropped" if share else "dense"
+
+
+def plan_of_activations(engine: DecoderModel, prompt_ids: Sequence[int], tokens: int = 16) -> SparsityPlan:
+    """A uniform plan from the engine's own activations on `tokens` random tokens decoded after a prompt.
+
+    For weights that are random: speed needs thresholds that realise their level, and no text.
+    """
+    layers = sparse_layers(engine)
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer.observer = lambda x, rows=seen[name]: rows.append(x.abs().float().flatten())
+    cache = engine.new_cache()
+    first = max(1, min(len(prompt_ids), engine.context - tokens))
+    tokens = min(tokens, engine.context - first)
+    try:
+        engine.prefill(torch.tensor([prompt_ids[:first]], device=engine.device), cache)
+        generator = torch.Generator().manual_seed(1)
+        for position in range(first, first + tokens):
+            token = torch.randint(engine.config.vocab_size, (1,), generator=generator).to(engine.device)
+            engine.decode(token, torch.full_like(token, position), cache)
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+    levels = tuple(step / 20 for step in range(19))
+    structure = ModelStructure.of(engine)
+    blocks: list[dict[str, ProjectionPlan]] = [{} for _ in structure.blocks]
+    for index, projection in structure.projections():
+        values = torch.cat(seen[structure.module_name(index, projection)]).sort().values
+        thresholds = (DENSE, *(float(values[int(level * len(values)) - 1]) for level in levels[1:]))
+        blocks[index][projection.name] = ProjectionPlan(levels, thresholds)
+    return SparsityPlan(identify(engine, structure), "uniform", levels, tuple(blocks))
 
 
 def check_products(engine: DecoderModel) -> float:
@@ -165,6 +204,8 @@ def read_bandwidth(buffer: Tensor) -> float:
     if buffer.device.type == "cuda":
         buffer.clone()
         size *= 2
+    elif (library := native.library()) is not None:
+        library.teal_read(buffer.data_ptr(), size)
     else:
         buffer.sum()
     _synchronize(buffer.device)
@@ -220,10 +261,11 @@ def _speed(
 def bytes_per_token(engine: DecoderModel, sparsity: float, mean_position: int) -> tuple[int, int]:
     """Bytes that one decoded token makes necessary, and bytes that the weight layout reads."""
     blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
+    head = engine.lm_head.packed.channel_bytes * engine.lm_head.in_features * (1 - engine.lm_head.sparsity)
     skipping = all(layer.packed.skips_channels for layer in sparse_layers(engine).values())
     element = engine.embed_tokens.weight.element_size()
     norms = sum(p.numel() * element for name, p in engine.named_parameters() if "norm" in name)
     cache = 2 * len(engine.blocks) * engine.config.kv_heads * engine.config.head_dim * mean_position * element
-    fixed = engine.lm_head.numel() * element + norms + cache
+    fixed = head + norms + cache
     needed = round(blocks * (1 - sparsity) + fixed)
     return needed, needed if skipping else round(blocks + fixed)

@@ -106,6 +106,7 @@ def evaluate(
     levels: Sequence[float] = (0.25, 0.4, 0.5, 0.65),
     *,
     dense_tokens: int = DENSE_TOKENS,
+    quantization: str | None = None,
     strict: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -114,6 +115,7 @@ def evaluate(
     The rule: in each sequence the first `dense_tokens` positions are dense, all others are computed as if
     decoded, with thresholds applied; the predictions made at those sparse positions count, and only those.
     `model` is a transformers model; it is made sparse in place and left at its former level, or dense.
+    `quantization` "int8" or "int4" rounds its projections first, so that dense, too, means rounded.
     Raises TealError for plans that do not fit, UsageError for a token rule that leaves nothing to count.
     """
     check_evaluation_mode(model)
@@ -121,7 +123,7 @@ def evaluate(
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
     check_tokens(ids, model)
     _check_request(ids, plans, levels, dense_tokens)
-    identity = _make_sparse(model, list(plans.values()), strict)
+    identity = _make_sparse(model, list(plans.values()), quantization, strict)
     runs = [
         _Run(name, plan, level, _Scores(), SparsityMeter(model))
         for name, plan in plans.items()
@@ -134,6 +136,8 @@ def evaluate(
     perplexity, error = dense.perplexity()
     measurements = [_measure(run, dense) for run in runs]
     details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    if quantization is not None:
+        details["weights"] = quantization
     return Evaluation(perplexity, error, dense.nll, measurements, _rule(model, ids, dense_tokens), identity, details)
 
 
@@ -149,11 +153,13 @@ def _check_request(ids: Tensor, plans: Mapping[str, SparsityPlan], levels: Seque
             plan.settings(level)  # a level outside the plan fails now, not in the middle
 
 
-def _make_sparse(model: nn.Module, plans: Sequence[SparsityPlan], strict: bool) -> ModelIdentity:
+def _make_sparse(
+    model: nn.Module, plans: Sequence[SparsityPlan], quantization: str | None, strict: bool
+) -> ModelIdentity:
     """Make a dense model sparse and check every plan against it; returns the model's identity."""
     unchecked = list(plans)
     if not any(isinstance(module, SparseLinear) for module in model.modules()):
-        sparsify(model, unchecked.pop(0), 0.0, strict=strict)
+        sparsify(model, unchecked.pop(0), 0.0, quantization=quantization, strict=strict)
     identity: Any = model.sparsity_identity
     for plan in unchecked:
         check_plan(plan, identity, strict)

@@ -37,7 +37,7 @@ class SparseLinear(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None  # called with the inputs of sparse tokens
         self.always_dense = False  # decode through the dense product, to measure against it
         self._set_weight(weight if isinstance(weight, PackedWeight) else pack(weight.detach()))
-        self.threshold = self.threshold.to(self.weight.device)
+        self.threshold = self.threshold.to(self.packed.storage[0].device)
 
     @property
     def packed(self) -> PackedWeight:
@@ -47,6 +47,10 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight as [N, K]."""
         return self.packed.unpack()
+
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows of the weight."""
+        return self.packed.rows(count)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -67,7 +71,7 @@ class SparseLinear(nn.Module):
         if sparse_bias is None:
             self.sparse_bias = None
         else:
-            self.sparse_bias = _replace(self.sparse_bias, sparse_bias.to(self.weight.device, self.weight.dtype))
+            self.sparse_bias = _replace(self.sparse_bias, sparse_bias.to(self.threshold.device, self.packed.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, K] -> [..., T, N]: one token is sparse, more are dense, unless `dense_tokens` says otherwise."""
@@ -134,6 +138,38 @@ class SparseLinear(nn.Module):
             unexpected.extend(name for name in state_dict if name.startswith(prefix) and name not in own)
 
 
+class SparseHead(SparseLinear):
+    """An LM head. It is dense, or drops each token's smallest inputs: the share `sparsity` of them.
+
+    A head has no threshold from a plan: the share is taken of each token's own magnitudes, ties included.
+    """
+
+    sparsity: float = 0.0
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """0 is dense. Raises TealError outside 0 <= sparsity < 1."""
+        if not 0 <= sparsity < 1:
+            raise TealError(f"the sparsity of the LM head must be at least 0 and below 1, got {sparsity}")
+        self.sparsity = sparsity
+        self.set_threshold(0.0 if sparsity else -1.0)  # what was set to zero is not read
+
+    def prefill(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], dense"""
+        return self.packed.dense_gemm(x, self.bias)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return super().decode(_drop_smallest(x, self.sparsity)) if self.sparsity else self.prefill(x)
+
+
+def _drop_smallest(x: Tensor, share: float) -> Tensor:
+    """x [B, K] with the `share` of smallest magnitudes in each row set to zero."""
+    count = int(share * x.shape[-1])
+    if count == 0:
+        return x
+    magnitudes = x.abs().float()
+    return torch.where(magnitudes <= magnitudes.kthvalue(count, dim=-1, keepdim=True).values, 0, x)
+
+
 def _moved(value: Tensor, device: torch.device, dtype: torch.dtype, default: float) -> Tensor:
     """`value` on another device; a value that only existed on the meta device becomes `default`."""
     if value.is_meta and device.type != "meta":
@@ -148,8 +184,12 @@ def _replace(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """The SparseLinear modules of a model by name. Raises TealError if there are none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    """The SparseLinear projections of a model by name, without its head. Raises TealError if there are none."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear) and not isinstance(module, SparseHead)
+    }
     if not layers:
         raise TealError("the model has no sparse projections; call teal.sparsify(model, plan) first")
     return layers

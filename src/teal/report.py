@@ -46,12 +46,13 @@ def evaluation_table(result: Evaluation) -> Table:
 def evaluation_rule(result: Evaluation) -> str:
     """What an evaluation's figures mean."""
     rule = result.rule
+    weights = f", weights rounded to {result.details['weights']}" if "weights" in result.details else ""
     errors = "± is one standard error over sequences, of the increase paired"
     if rule["sequences"] == 1:
         errors = "a single sequence gives no standard error"
     return (
         f"{rule['tokens_counted']} predictions in {count(rule['sequences'], 'sequence')} of {rule['sequence_length']} "
-        f"tokens, {rule['dtype']}; sparse: {rule['sparse']}; {errors}"
+        f"tokens, {rule['dtype']}{weights}; sparse: {rule['sparse']}; {errors}"
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from teal.artifacts import check_header, check_keys, read_json, write_json
 from teal.errors import TealError
 from teal.linear import SparseLinear, sparse_layers
+from teal.ops.sparse_gemv import pack
 from teal.plan import SparsityPlan
 from teal.structure import ModelIdentity, ModelStructure, identify
 
@@ -31,11 +32,19 @@ def check_weights(made_for: ModelIdentity, model: ModelIdentity, what: str, stri
         warnings.warn(f"{what} may not belong to this model: {difference}", stacklevel=4)
 
 
-def sparsify(model: nn.Module, plan: SparsityPlan, level: float | None = None, *, strict: bool = False) -> nn.Module:
+def sparsify(
+    model: nn.Module,
+    plan: SparsityPlan,
+    level: float | None = None,
+    *,
+    quantization: str | None = None,
+    strict: bool = False,
+) -> nn.Module:
     """Replace the block projections of `model` by SparseLinear, in place, and set `level`.
 
     Decode (one new token per sequence) is sparse from then on, prefill stays dense. `level` defaults to the
-    plan's middle, 0.5, or its highest level if that is lower. Returns the model.
+    plan's middle, 0.5, or its highest level if that is lower. `quantization` "int8" or "int4" rounds the weights
+    of the projections that are replaced. Returns the model.
     Raises TealError if the plan does not fit; warns (error with `strict`) if the weights differ.
     """
     structure = ModelStructure.of(model)
@@ -44,13 +53,16 @@ def sparsify(model: nn.Module, plan: SparsityPlan, level: float | None = None, *
     plan.settings(level)  # a level outside the plan fails before the model changes
     check_plan(plan, identity, strict)
     names = [structure.module_name(index, projection) for index, projection in structure.projections()]
-    modules = {name: model.get_submodule(name) for name in names}
-    for name, module in modules.items():
-        if type(module) not in (nn.Linear, SparseLinear):
-            raise TealError(f"{name} is a {type(module).__name__}; only plain nn.Linear projections can be made sparse")
-    for name, module in modules.items():
+    for name in names:
+        kind = type(model.get_submodule(name))
+        if kind not in (nn.Linear, SparseLinear):
+            raise TealError(f"{name} is a {kind.__name__}; only plain nn.Linear projections can be made sparse")
+    for name in names:  # one at a time: a packed weight replaces the weight it was made of
+        module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
-            model.set_submodule(name, SparseLinear(module.weight, module.bias))
+            model.set_submodule(name, SparseLinear(pack(module.weight.detach(), quantization), module.bias))
+    if quantization is not None:
+        object.__setattr__(model, "stored_fingerprint", identity.weights)  # of the weights before they were rounded
     object.__setattr__(model, "sparsity_plan", plan)
     object.__setattr__(model, "sparsity_identity", identity)
     set_sparsity(model, level)

@@ -228,7 +228,9 @@ def identify(model: nn.Module, structure: ModelStructure | None = None) -> Model
         return ModelIdentity.of(structure, stored)
 
     def rows(name: str) -> torch.Tensor:
-        module = model.get_submodule(name.rpartition(".")[0])
-        return module.weight[:FINGERPRINT_ROWS]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue, reportReturnType]
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(module, "rows"):
+            return module.rows(FINGERPRINT_ROWS)  # without unpacking the rest
+        return module.weight[:FINGERPRINT_ROWS]
 
     return ModelIdentity.of(structure, fingerprint(structure, rows))

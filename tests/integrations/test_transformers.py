@@ -59,7 +59,7 @@ import sys
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["teal"] is teal.TealConfig
 assert AUTO_QUANTIZER_MAPPING["teal"].__name__ == "TealQuantizer"
-assert not [finder for finder in sys.meta_path if "teal" in type(finder).__module__]
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("teal.")]
 """
         run_python(code)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teal.errors import TealError
-from teal.ops import reference
+from teal.ops import native, reference
 from teal.ops.layouts import LAYOUTS, restore
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
-from teal.ops.sparse_gemv import pack, sparse_gemv, sparse_linear
+from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv, sparse_linear
 
 TOLERANCE = {  # of a sum over a few hundred products of unit normals
     torch.float32: {"rtol": 1e-5, "atol": 1e-4},
@@ -25,9 +25,9 @@ SHAPES = [
     for shape in [(1, 1), (1, 130), (130, 1), (3, 5), (64, 64), (127, 257), (256, 96)]
 ]
 # Those that hold CPU tensors; the others have tests of their own.
-layouts = pytest.mark.parametrize(
-    "layout", [name for name, kind in LAYOUTS.items() if not kind.refusal(torch.ones(8, 8))]
-)
+ON_CPU = [name for name, kind in LAYOUTS.items() if not kind.refusal(torch.ones(8, 8))]
+EXACT = [name for name in ON_CPU if name not in QUANTIZATIONS.values()]
+layouts = pytest.mark.parametrize("layout", ON_CPU)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -81,6 +81,8 @@ class TestSparseGemv:
     @pytest.mark.parametrize("rows", [1, 3, MAX_SPARSE_ROWS + 1])
     def test_the_bias_is_added_before_rounding(self, layout: str, rows: int, dtype: torch.dtype) -> None:
         """Sums of small integers and eighths are exact in float32: rounded once, every layout gives the same bits."""
+        if layout not in EXACT:
+            pytest.skip("rounds its weights")
         generator = torch.Generator().manual_seed(0)
         weight, x = (torch.randint(-9, 10, size, generator=generator).to(dtype) for size in [(45, 70), (rows, 70)])
         bias = (torch.randint(-99, 99, (45,), generator=generator) / 8).to(dtype)
@@ -94,7 +96,8 @@ class TestSparseGemv:
         x = torch.tensor([[0.5, -0.5, 0.5000001, 1.0]])
         weight = LAYOUTS[layout].pack(torch.eye(4))
         y = sparse_gemv(x, weight, torch.tensor(0.5))
-        assert y.tolist() == [[0.0, 0.0, x[0, 2].item(), 1.0]]
+        assert y[0, :2].tolist() == [0.0, 0.0]
+        torch.testing.assert_close(y[0, 2:], x[0, 2:], rtol=0.01, atol=0)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
     def test_not_finite_inputs_propagate_in_their_row_only(self, layout: str, value: float) -> None:
@@ -121,7 +124,8 @@ class TestSparseGemv:
     def test_weight_that_is_not_contiguous(self, layout: str) -> None:
         weight = normal(20, 6).t()
         kept = LAYOUTS[layout].pack(weight)
-        assert torch.equal(kept.unpack(), weight)
+        assert torch.equal(kept.unpack(), LAYOUTS[layout].pack(weight.contiguous()).unpack())
+        assert torch.equal(kept.rows(2), kept.unpack()[:2])
         check(normal(2, 20), kept, torch.tensor(0.5))
 
     def test_same_bits_every_run(self, layout: str) -> None:
@@ -203,17 +207,18 @@ def test_bad_compensation() -> None:
 class TestPack:
     def test_default_layout_shares_the_checkpoints_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TEAL_LAYOUT", raising=False)
+        monkeypatch.setattr(native, "available", lambda: False)
         weight = normal(6, 20)
         assert pack(weight).unpack().data_ptr() == weight.data_ptr()
 
-    @layouts
+    @pytest.mark.parametrize("layout", EXACT)
     def test_layout_by_environment(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TEAL_LAYOUT", layout)
         weight = normal(6, 20)
         result = pack(weight)
         assert result.layout == layout
         assert result.shape == (result.out_features, result.in_features) == (6, 20)
-        assert result.channel_bytes == 6 * 4
+        assert result.channel_bytes == (64 if layout == "cpu" else 6 * 4)  # which reads whole lines
         assert torch.equal(restore(result.storage, layout).unpack(), weight)
 
     @pytest.mark.parametrize(

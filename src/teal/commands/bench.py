@@ -4,13 +4,15 @@ examples:
   teal bench                                            the embedded model with its plan
   teal bench ./Llama-3.2-1B --levels 0.4 0.5
   teal bench --shape llama-3.2-1b --tokens 8 --repeats 3   random weights of a real shape
+  teal bench --shape llama-3.2-1b --weights int8 --head-sparsity 0.5
+  teal bench --kernels --shape llama-3-8b --weights int4   each projection's CPU kernel alone
 
 A shape's weights are random, its thresholds are calibrated on them: the speed is real, the text is not.
 These machines are noisy: quote the ratio, with its spread.
 """
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teal.commands import common
 from teal.errors import UsageError
@@ -26,12 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", metavar="NAME", help="random weights of this shape instead of a model, e.g. llama-3.2-1b"
     )
+    parser.add_argument(
+        "--kernels", action="store_true",
+        help="measure the CPU kernel of each projection shape on random weights, against a plain read and torch",
+    )  # fmt: skip
     common.add_plan(parser)
     common.add_levels(parser, common.DEFAULT_LEVELS)
     parser.add_argument("--context", type=common.positive, default=64, help="prompt tokens (default: 64)")
     parser.add_argument("--tokens", type=common.positive, default=32, help="tokens decoded in a repeat (default: 32)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="interleaved repeats (default: 5)")
     common.add_dtype(parser)
+    common.add_weights(parser)
+    common.add_head(parser)
     common.add_device(parser)
     common.add_json(parser)
 
@@ -44,8 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 2:
         raise UsageError("--tokens must be at least 2: prefill gives the first one, which is not timed")
     common.check_device(arguments.device)
+    if arguments.kernels:
+        return _run_kernels(arguments)
     load = _random_engine if arguments.shape else _engine
     engine, plan, prompt_ids, name = load(arguments)
+    engine.lm_head.set_sparsity(arguments.head_sparsity)
     result = benchmark(
         engine,
         plan,
@@ -59,6 +70,30 @@ def run(arguments: argparse.Namespace) -> None:
     )
     common.write_result(arguments, result.to_json())
     show(arguments, result)
+
+
+def _run_kernels(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from teal.checkpoint import resolve_model, structure_from_config
+    from teal.kernel_benchmark import benchmark_kernels, kernel_rule, kernel_table, projection_shapes
+    from teal.shapes import shape_structure
+
+    if arguments.shape:
+        structure = shape_structure(arguments.shape)
+    else:
+        structure = structure_from_config(resolve_model(arguments.model))
+    result = benchmark_kernels(
+        projection_shapes(structure),
+        arguments.levels,
+        quantization=common.quantization_of(arguments)["quantization"],
+        dtype=common.dtype_of(arguments) or torch.bfloat16,
+        repeats=arguments.repeats,
+        show_progress=True,
+    )
+    common.write_result(arguments, result.to_json())
+    common.print_table(arguments, *kernel_table(result))
+    common.say(arguments, kernel_rule(result))
 
 
 def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
@@ -78,29 +113,20 @@ def _engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "SparsityPla
     directory = resolve_model(arguments.model)
     arguments.text, arguments.field, arguments.wikitext = None, "text", False
     prompt = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.context, arguments.context, None)
-    engine = load_engine(directory, common.dtype_of(arguments), arguments.device)
+    engine = load_engine(directory, common.dtype_of(arguments), arguments.device, **common.quantization_of(arguments))
     return engine, plan, prompt.ids[0].tolist(), arguments.model or "the embedded model"
 
 
 def _random_engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "SparsityPlan", list[int], str]:
     import torch
 
-    from teal.allocation import allocate
-    from teal.calibration import calibrate
-    from teal.engine.config import EngineConfig
-    from teal.engine.model import DecoderModel
-    from teal.shapes import random_model, shape_config
-
-    config = shape_config(arguments.shape)
-    model: Any = random_model(config, common.dtype_of(arguments) or torch.bfloat16)
-    tokens = torch.randint(config.vocab_size, (2, 256), generator=torch.Generator().manual_seed(0))
-    plan = allocate(calibrate(model, tokens, show_progress=True), "uniform")
-    weights = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
-    del model
-
-    def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return weights[name].to(arguments.device)
+    from teal.benchmark import plan_of_activations
+    from teal.shapes import random_engine
 
     context = arguments.context + arguments.tokens
-    engine = DecoderModel(EngineConfig.of(config), take, context).eval()
-    return engine, plan, tokens[0, : arguments.context].tolist(), f"random weights of {arguments.shape}"
+    dtype = common.dtype_of(arguments) or torch.bfloat16
+    engine = random_engine(arguments.shape, context, dtype, arguments.device, **common.quantization_of(arguments))
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(engine.config.vocab_size, (arguments.context,), generator=generator).tolist()
+    plan = plan_of_activations(engine, prompt)
+    return engine, plan, prompt, f"random weights of {arguments.shape}"

@@ -56,6 +56,31 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="load the weights as (default: as stored)")
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", choices=("int8", "int4"),
+        help="round the projections' weights to nearest while loading, on a CPU (default: as they are)",
+    )  # fmt: skip
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--head-weights", choices=("int8", "int4"), help="the same for the LM head (default: int8 with --weights)"
+    )
+    parser.add_argument(
+        "--head-sparsity", type=level, default=0.0, metavar="S",
+        help="drop this share of the LM head's smallest inputs at each token (default: 0)",
+    )  # fmt: skip
+
+
+def quantization_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `load_engine` for --weights and --head-weights. Refuses them off the CPU."""
+    if (arguments.weights or arguments.head_weights) and arguments.device != "cpu":
+        raise UsageError("--weights and --head-weights are for --device cpu")
+    head = arguments.head_weights or ("int8" if arguments.weights else None)
+    return {"quantization": arguments.weights, "head_quantization": head}
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
 

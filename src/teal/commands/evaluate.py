@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dense-tokens", type=common.natural, help="dense positions of each sequence (default: 8)")
     common.add_dtype(parser)
+    common.add_weights(parser)
     common.add_device(parser)
     common.add_json(parser)
 
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         plans,
         arguments.levels,
         dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        quantization=arguments.weights,
         strict=arguments.strict,
         show_progress=True,
     )

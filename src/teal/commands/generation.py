@@ -44,6 +44,8 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)"
     )
     common.add_dtype(parser)
+    common.add_weights(parser)
+    common.add_head(parser)
     common.add_device(parser)
 
 
@@ -84,13 +86,17 @@ class TextModel:
         from teal.engine.load import DEFAULT_CONTEXT, load_engine
         from teal.sparse_model import set_sparsity, sparsify
 
-        dtype = common.dtype_of(arguments)
+        dtype, quantization = common.dtype_of(arguments), common.quantization_of(arguments)
         try:
             self.engine = load_engine(
-                directory, dtype, arguments.device, plan, self.level, arguments.context, strict=arguments.strict
-            )
+                directory, dtype, arguments.device, plan, self.level, arguments.context,
+                **quantization, strict=arguments.strict,
+            )  # fmt: skip
+            self.engine.lm_head.set_sparsity(arguments.head_sparsity)
             self.context = self.engine.context
         except UnsupportedModelError as reason:
+            if any(quantization.values()) or arguments.head_sparsity:
+                raise TealError(f"--weights and the --head options need the engine: {reason}") from reason
             why = str(reason).partition(";")[0]  # what follows says what is done here
             warnings.warn(f"decoding through transformers: {why}", stacklevel=2)
             self.model = common.load_model(directory, dtype, arguments.device)

@@ -17,7 +17,7 @@ from teal.commands import bench, common, evaluate
 
 if TYPE_CHECKING:
     from teal.plan import Setting
-    from teal.structure import ModelIdentity
+    from teal.structure import ModelIdentity, ModelStructure
 
 
 OPERANDS = "[PATH] "
@@ -120,8 +120,17 @@ def _statistics(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {"kind": "statistics", "level": level, "details": statistics.details, "blocks": blocks}
 
 
+def _rounded_bytes(structure: "ModelStructure", quantization: str) -> int:
+    """Bytes of the block weights when --weights rounds them, scales included."""
+    sizes = [(p.out_features, p.in_features) for _, p in structure.projections()]
+    if quantization == "int8":
+        return sum(n * k + 4 * n for n, k in sizes)
+    return sum(n * k // 2 + 2 * n * -(-k // 128) for n, k in sizes)
+
+
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     from teal.checkpoint import Checkpoint, load_config, resolve_model, structure_from_config
+    from teal.ops.sparse_gemv import QUANTIZATIONS
     from teal.structure import ModelIdentity
 
     directory = resolve_model(arguments.path)
@@ -145,9 +154,14 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     columns = ["projection", "input", "outputs N", "inputs K", "% of block weights"]
     common.say(arguments, f"\nblock 0 of {len(structure.blocks)}")
     common.print_table(arguments, columns, rows)
+    sizes = {name: _rounded_bytes(structure, name) for name in QUANTIZATIONS}
+    common.say(
+        arguments, *(f"--weights {name}: {size / 2**20:.1f} MiB of block weights" for name, size in sizes.items())
+    )
     return {
         "kind": "model",
         "directory": str(directory),
         "bytes": checkpoint.bytes(),
+        "rounded_bytes": sizes,
         "model": identity.to_json(),
     }

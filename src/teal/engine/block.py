@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from teal.engine.cache import BlockCache
 from teal.engine.config import EngineConfig
 from teal.linear import SparseLinear
-from teal.ops.sparse_gemv import sparse_linear
+from teal.ops.sparse_gemv import pack, sparse_linear
 
 # Gives the tensor of a name, of exactly this shape, in the dtype and on the device the model shall have.
 TakeTensor = Callable[[str, tuple[int, ...]], Tensor]
@@ -38,8 +38,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def _projection(take: TakeTensor, name: str, shape: tuple[int, int], bias: bool) -> SparseLinear:
-    return SparseLinear(take(f"{name}.weight", shape), take(f"{name}.bias", shape[:1]) if bias else None)
+def _projection(
+    take: TakeTensor, name: str, shape: tuple[int, int], bias: bool, quantization: str | None
+) -> SparseLinear:
+    packed = pack(take(f"{name}.weight", shape), quantization)
+    return SparseLinear(packed, take(f"{name}.bias", shape[:1]) if bias else None)
 
 
 def _prefill(layer: SparseLinear, x: Tensor) -> Tensor:
@@ -56,10 +59,11 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.window = window
         query, key, hidden = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.hidden_size
-        self.q_proj = _projection(take, "q_proj", (query, hidden), config.qkv_bias)
-        self.k_proj = _projection(take, "k_proj", (key, hidden), config.qkv_bias)
-        self.v_proj = _projection(take, "v_proj", (key, hidden), config.qkv_bias)
-        self.o_proj = _projection(take, "o_proj", (hidden, query), config.output_bias)
+        quantization = config.quantization
+        self.q_proj = _projection(take, "q_proj", (query, hidden), config.qkv_bias, quantization)
+        self.k_proj = _projection(take, "k_proj", (key, hidden), config.qkv_bias, quantization)
+        self.v_proj = _projection(take, "v_proj", (key, hidden), config.qkv_bias, quantization)
+        self.o_proj = _projection(take, "o_proj", (hidden, query), config.output_bias, quantization)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm:
             self.q_norm = RMSNorm(take("q_norm.weight", (self.head_dim,)), config.rms_norm_eps)
@@ -101,10 +105,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: EngineConfig, take: TakeTensor) -> None:
         super().__init__()
-        inner, hidden = config.intermediate_size, config.hidden_size
-        self.gate_proj = _projection(take, "gate_proj", (inner, hidden), config.mlp_bias)
-        self.up_proj = _projection(take, "up_proj", (inner, hidden), config.mlp_bias)
-        self.down_proj = _projection(take, "down_proj", (hidden, inner), config.mlp_bias)
+        inner, hidden, quantization = config.intermediate_size, config.hidden_size, config.quantization
+        self.gate_proj = _projection(take, "gate_proj", (inner, hidden), config.mlp_bias, quantization)
+        self.up_proj = _projection(take, "up_proj", (inner, hidden), config.mlp_bias, quantization)
+        self.down_proj = _projection(take, "down_proj", (hidden, inner), config.mlp_bias, quantization)
 
     def forward(self, x: Tensor) -> Tensor:
         return _prefill(self.down_proj, F.silu(_prefill(self.gate_proj, x)) * _prefill(self.up_proj, x))

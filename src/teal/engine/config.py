@@ -50,6 +50,7 @@ class EngineConfig:
 
     `inverse_frequencies` [head_dim / 2] and `rope_scale` (on cosine and sine) are transformers' own RoPE
     parameters, so every RoPE type of fixed frequencies is the same here. `dtype` is None if not stored.
+    `quantization` of the projections and `head_quantization` are "int8", "int4" or None: chosen at load.
     """
 
     model_type: str
@@ -71,6 +72,8 @@ class EngineConfig:
     rope_scale: float
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype | None
+    quantization: str | None = None
+    head_quantization: str | None = None
 
     @property
     def blocks(self) -> int:

@@ -46,10 +46,12 @@ class DecodeStep(Protocol):
 
 def choose_decode_step(model: "DecoderModel") -> DecodeStep:
     """The best implementation for the model's device, dtype and weight layout."""
-    from teal.engine import cuda_step
+    from teal.engine import cpu_step, cuda_step
 
     if cuda_step.serves(model):
         return cuda_step.CudaDecodeStep(model.config, model.dtype, model.device)
+    if cpu_step.serves(model.blocks, model.dtype):
+        return cpu_step.CpuDecodeStep(model.blocks)
     return reference_decode_step
 
 

@@ -27,12 +27,15 @@ def load_engine(
     level: float | None = None,
     context: int | None = None,
     *,
+    quantization: str | None = None,
+    head_quantization: str | None = None,
     strict: bool = False,
 ) -> DecoderModel:
     """The model of a directory, made sparse if there is a plan.
 
     `dtype` None keeps the stored one; `context` None is what the model was made for, at most DEFAULT_CONTEXT;
-    `level` and `strict` are those of `teal.sparsify`. On the CPU, weights that keep dtype and layout stay
+    `level` and `strict` are those of `teal.sparsify`. `quantization` "int8" or "int4" rounds the projections
+    while they are loaded, `head_quantization` the LM head. On the CPU, weights that keep dtype and layout stay
     memory-mapped: do not overwrite the files while the engine lives.
     Raises TealError for a config the engine does not support, for tensors that are missing, unexpected or of
     the wrong shape (naming them) and for a plan that does not fit; UsageError for a dtype or a device that
@@ -43,6 +46,7 @@ def load_engine(
     config = EngineConfig.of(load_config(directory), _generation_eos(directory))
     if config.tied_embeddings and _has_own_head(checkpoint):
         config = replace(config, tied_embeddings=False)
+    config = replace(config, quantization=quantization, head_quantization=head_quantization)
     take = _CheckpointTensors(checkpoint, _dtype(dtype, config, checkpoint), _device(device))
     if context is None:
         context = min(config.max_positions, DEFAULT_CONTEXT)

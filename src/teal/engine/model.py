@@ -1,7 +1,6 @@
 """DecoderModel: a model of a supported family: dense prefill, sparse decode, over a static cache."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teal.engine.block import DecoderBlock, RMSNorm, TakeTensor, scoped
@@ -9,12 +8,16 @@ from teal.engine.cache import KVCache, check_holds
 from teal.engine.config import EngineConfig
 from teal.engine.decode_step import TokenPosition, choose_decode_step
 from teal.errors import TealError
+from teal.linear import SparseHead
+from teal.ops.packed import RowMajorWeight
+from teal.ops.sparse_gemv import pack
 
 
 class DecoderModel(nn.Module):
     """The decoder of `config` with the tensors that `take` gives, for up to `context` positions.
 
-    Its projections are SparseLinear and dense until a plan is applied (`teal.sparsify`, `set_sparsity`).
+    Its projections are SparseLinear and dense until a plan is applied (`teal.sparsify`, `set_sparsity`); its LM
+    head is dense until `lm_head.set_sparsity`.
     They are packed for the device their tensors are on, and the decode step is chosen for it: do not move it.
     Raises TealError if `context` is more than the model was made for.
     """
@@ -35,9 +38,10 @@ class DecoderModel(nn.Module):
             for index, window in enumerate(config.windows)
         )
         self.norm = RMSNorm(take("norm.weight", (config.hidden_size,)), config.rms_norm_eps)
-        self.lm_head = self.embed_tokens.weight
-        if not config.tied_embeddings:
-            self.lm_head = nn.Parameter(take("lm_head.weight", tuple(embeddings.shape)), requires_grad=False)
+        shape = (config.vocab_size, config.hidden_size)
+        head = embeddings if config.tied_embeddings else take("lm_head.weight", shape)
+        head = head.detach()
+        self.lm_head = SparseHead(pack(head, config.head_quantization) if head.is_cpu else RowMajorWeight.pack(head))
         cos, sin = _rotary_tables(config, context)
         self.register_buffer("cos", cos.to(embeddings), persistent=False)
         self.register_buffer("sin", sin.to(embeddings), persistent=False)
@@ -74,7 +78,7 @@ class DecoderModel(nn.Module):
         hidden = self.embed_tokens(tokens)
         for block, block_cache in zip(self.blocks, cache.blocks, strict=True):
             hidden = block(hidden, block_cache, cos, sin, start)
-        return self._logits(hidden if all_positions else hidden[:, -1])
+        return self.lm_head.prefill(self.norm(hidden if all_positions else hidden[:, -1]))
 
     @torch.inference_mode()
     def decode(self, token: Tensor, position: Tensor, cache: KVCache) -> Tensor:
@@ -83,10 +87,7 @@ class DecoderModel(nn.Module):
         All on the device, nothing waits for the host; the caller sees to it that positions fit the cache.
         """
         at = TokenPosition(position, self.cos[position], self.sin[position])
-        return self._logits(self.decode_step(self.blocks, self.embed_tokens(token), cache, at))
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self.norm(hidden), self.lm_head)
+        return self.lm_head.decode(self.norm(self.decode_step(self.blocks, self.embed_tokens(token), cache, at)))
 
 
 def _rotary_tables(config: EngineConfig, context: int) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from teal.ops.cpu import CpuInt4Weight, CpuInt8Weight, CpuWeight
 from teal.ops.cuda_projection import CudaWeight
 from teal.ops.packed import ChannelMajorWeight, PackedWeight, RowMajorWeight
 
 LAYOUTS: dict[str, type[PackedWeight]] = {
-    layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight, CudaWeight)
+    layout.layout: layout
+    for layout in (RowMajorWeight, ChannelMajorWeight, CpuWeight, CpuInt8Weight, CpuInt4Weight, CudaWeight)
 }
 
 

@@ -45,6 +45,10 @@ class PackedWeight(ABC):
     def unpack(self) -> Tensor:
         """The weight as [N, K], exactly what the products multiply with."""
 
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows of `unpack()`."""
+        return self.unpack()[:count]
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:

@@ -10,31 +10,45 @@ import torch
 from torch import Tensor
 
 from teal.errors import TealError
+from teal.ops import native
 from teal.ops.cuda_projection import CudaWeight
 from teal.ops.layouts import LAYOUTS, restore
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.reference import drop_small, first_sparse_token
 
+QUANTIZATIONS = {"int8": "cpu_int8", "int4": "cpu_int4"}  # the layout of each
 
-def pack(weight: Tensor) -> PackedWeight:
+
+def pack(weight: Tensor, quantization: str | None = None) -> PackedWeight:
     """Pack a weight [N, K] in the layout of the best backend for its device and dtype.
 
-    TEAL_LAYOUT names a layout to force it (tests, comparisons). Raises TealError for a weight that is not a
-    floating-point matrix with at least one row and one column.
+    `quantization` "int8" or "int4" rounds it (`ops.quantize`). TEAL_LAYOUT names a layout to force it (tests,
+    comparisons). Raises TealError for a weight that is not a floating-point matrix with at least one row and
+    one column, for an unknown quantization, and for one of a weight that is not on the CPU.
     """
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise TealError(f"a weight must be a floating-point matrix [N, K], got {tuple(weight.shape)} {weight.dtype}")
     forced = os.environ.get("TEAL_LAYOUT")
     if forced is not None and forced not in LAYOUTS:
         raise TealError(f"TEAL_LAYOUT={forced!r} is no layout; choose from {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[forced or _best(weight)]
+    layout = LAYOUTS[_quantized(weight, quantization) if quantization else forced or _best(weight)]
     if reason := layout.refusal(weight):
         raise TealError(f"the layout {layout.layout} cannot hold this weight: {reason}")
     return layout.pack(weight)
 
 
 def _best(weight: Tensor) -> str:
-    return "row_major" if CudaWeight.refusal(weight) else "cuda"
+    if not CudaWeight.refusal(weight):
+        return "cuda"
+    return "cpu" if weight.is_cpu and weight.dtype in native.ACTIVATIONS and native.available() else "row_major"
+
+
+def _quantized(weight: Tensor, quantization: str) -> str:
+    if quantization not in QUANTIZATIONS:
+        raise TealError(f"unknown quantization {quantization!r}; choose from {', '.join(QUANTIZATIONS)}")
+    if not weight.is_cpu:
+        raise TealError(f"{quantization} weights run on the CPU only, this one is on {weight.device}")
+    return QUANTIZATIONS[quantization]
 
 
 def sparse_gemv(x: Tensor, weight: PackedWeight, threshold: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,133 @@
+"""The decode step on a CPU: all blocks in one call of the native library, from addresses prepared once."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from teal.engine.block import DecoderBlock
+from teal.engine.cache import KVCache
+from teal.engine.decode_step import TokenPosition, reference_decode_step
+from teal.linear import SparseLinear
+from teal.ops import native
+from teal.ops.cpu import TiledWeight
+from teal.ops.packed import MAX_SPARSE_ROWS
+
+_KEEP_ALL = torch.full((), -1.0)
+
+
+def serves(blocks: Sequence[DecoderBlock], dtype: torch.dtype) -> bool:
+    """Whether the native library can run these blocks."""
+    weights = [layer.packed for block in blocks for layer in _projections(block).values()]
+    return (
+        native.available()
+        and dtype in native.ACTIVATIONS
+        and all(isinstance(weight, TiledWeight) and weight.storage[0].is_cpu for weight in weights)
+        and all(block.self_attn.head_dim % 2 == 0 for block in blocks)
+    )
+
+
+class CpuDecodeStep:
+    """`DecodeStep` for the blocks it is made of. More than MAX_SPARSE_ROWS sequences, and layers that are being
+    observed, run through the reference."""
+
+    def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
+        self.blocks = list(blocks)
+        self.layers = [_PreparedLayer(layer) for block in self.blocks for layer in _projections(block).values()]
+        self.native_blocks = (native.Block * len(self.blocks))()
+        layers = iter(self.layers)
+        for native_block, block in zip(self.native_blocks, self.blocks, strict=True):
+            _fill_block(native_block, block)
+            for name in _projections(block):
+                next(layers).target = getattr(native_block, name)
+        self.phase_seconds: ctypes.Array[ctypes.c_double] | None = None  # set it to measure where time goes
+        self._cache: KVCache | None = None
+        self._caches: tuple[ctypes.Array[ctypes.c_void_p], ...] = ()
+
+    def __call__(
+        self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
+    ) -> Tensor:
+        rows = hidden.shape[0]
+        if not 1 <= rows <= MAX_SPARSE_ROWS or not all([layer.refresh() for layer in self.layers]):
+            return reference_decode_step(blocks, hidden, cache, position)
+        if self._cache is not cache:
+            self._cache = cache
+            self._caches = tuple(
+                (ctypes.c_void_p * len(self.blocks))(*(part[which].data_ptr() for part in cache.blocks))
+                for which in (0, 1)
+            )
+        hidden, index = hidden.contiguous(), position.index.contiguous()
+        cos, sin = position.cos.contiguous(), position.sin.contiguous()
+        out = torch.empty_like(hidden)
+        step = native.Step(
+            rows, hidden.data_ptr(), out.data_ptr(), *(ctypes.addressof(array) for array in self._caches),
+            *cache.blocks[0].keys.stride()[:3], index.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            None if self.phase_seconds is None else ctypes.addressof(self.phase_seconds),
+        )  # fmt: skip
+        library = native.library()
+        assert library is not None
+        native.check(library.teal_decode_blocks(self.native_blocks, len(self.blocks), ctypes.byref(step)))
+        return out
+
+    def measure_phases(self) -> None:
+        """Start adding up the seconds of each phase, for `phases`."""
+        self.phase_seconds = (ctypes.c_double * native.PHASES)()
+
+    def phases(self) -> dict[str, float]:
+        """Seconds in each phase since `measure_phases`, all blocks together."""
+        library = native.library()
+        assert library is not None
+        assert self.phase_seconds is not None
+        names = [library.teal_phase_name(index) for index in range(native.PHASES)]
+        return {name.decode(): seconds for name, seconds in zip(names, self.phase_seconds, strict=True) if name}
+
+
+class _PreparedLayer:
+    """One projection's addresses, brought up to date when its tensors are replaced."""
+
+    def __init__(self, layer: SparseLinear) -> None:
+        self.layer = layer
+        self.target: native.Projection
+        self._seen: tuple[object, ...] = (None,)
+
+    def refresh(self) -> bool:
+        """Whether the native call may serve; False while the layer is observed."""
+        layer = self.layer
+        buffers = layer._buffers
+        seen = (buffers["threshold"], buffers["sparse_bias"], layer.always_dense)
+        if any(new is not old for new, old in zip(seen, self._seen, strict=False)) or len(self._seen) == 1:
+            weight, dense = layer.packed, layer.always_dense
+            assert isinstance(weight, TiledWeight)
+            projection = native.projection(
+                weight.native_weight(),
+                _KEEP_ALL if dense else layer.threshold,
+                layer.bias,
+                None if dense else layer.sparse_bias,
+            )
+            ctypes.pointer(self.target)[0] = projection
+            self._seen = seen
+        return layer.observer is None
+
+
+def _projections(block: DecoderBlock) -> dict[str, SparseLinear]:
+    """By the names of `native.Block`."""
+    attention, mlp = block.self_attn, block.mlp
+    return {
+        "query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "output": attention.o_proj,
+        "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
+    }  # fmt: skip
+
+
+def _fill_block(target: native.Block, block: DecoderBlock) -> None:
+    attention = block.self_attn
+    for name, norm in {
+        "input_norm": block.input_layernorm, "mlp_norm": block.post_attention_layernorm,
+        "query_norm": attention.q_norm, "key_norm": attention.k_norm,
+    }.items():  # fmt: skip
+        setattr(target, name, None if norm is None else norm.weight.data_ptr())
+    target.hidden, target.intermediate = attention.q_proj.in_features, block.mlp.gate_proj.out_features
+    target.heads, target.kv_heads, target.head_dim = attention.heads, attention.kv_heads, attention.head_dim
+    target.window = attention.window or 0
+    target.epsilon = block.input_layernorm.eps
+    target.format = native.ACTIVATIONS[block.input_layernorm.weight.dtype]

@@ -1,0 +1,164 @@
+"""The native CPU kernels: every instruction set against the reference, the same bits on any number of threads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz_cpu import fuzz
+from torch import Tensor
+
+from teal.errors import TealError
+from teal.ops import native, reference
+from teal.ops.cpu import tile_outputs
+from teal.ops.layouts import LAYOUTS
+from teal.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv
+
+needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
+TILED = ["cpu", *QUANTIZATIONS.values()]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def threads() -> Any:
+    """Sets the number of threads, and back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_library
+class TestKernels:
+    def test_random_calls(self) -> None:
+        fuzz(3000)
+
+    @pytest.mark.slow
+    def test_many_random_calls(self) -> None:
+        fuzz(100_000, seed=1)
+
+    @pytest.mark.parametrize("rows", [1, 2, 5, 8])
+    @pytest.mark.parametrize("layout", TILED)
+    def test_same_bits_on_any_number_of_threads(self, layout: str, rows: int, threads: Any) -> None:
+        weight = LAYOUTS[layout].pack(normal(1500, 1000, dtype=torch.bfloat16))
+        x, results = normal(rows, 1000, dtype=torch.bfloat16, seed=1), []
+        for count in (1, 2, 3, 7, 2):
+            threads(count)
+            results.append(sparse_gemv(x, weight, torch.tensor(0.5)))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+    def test_threads_are_those_of_torch(self, threads: Any) -> None:
+        library = native.library()
+        assert library is not None
+        for count in (1, 2, 3):
+            threads(count)
+            assert library.teal_threads() in (count, 0)  # 0: built without OpenMP
+
+    def test_a_plain_read_sees_every_byte(self) -> None:
+        library, data = native.library(), torch.zeros(1 << 20, dtype=torch.int64)
+        assert library is not None
+        assert library.teal_read(data.data_ptr(), data.nbytes) == 0
+        data[777_777] = 5
+        assert library.teal_read(data.data_ptr(), data.nbytes) == 5
+
+    def test_storage_need_not_be_aligned(self) -> None:
+        weight = LAYOUTS["cpu"].pack(normal(70, 40))
+        tiles, outputs = weight.storage
+        moved = torch.empty(tiles.numel() + 1)[1:].view(tiles.shape).copy_(tiles)
+        x = normal(2, 40, seed=1)
+        assert torch.equal(
+            sparse_gemv(x, type(weight)((moved, outputs)), torch.tensor(0.5)),
+            sparse_gemv(x, weight, torch.tensor(0.5)),
+        )
+
+
+class TestChoice:
+    def in_a_process(self, code: str, choice: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, native.ENVIRONMENT: choice}
+        source = str(Path(native.__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join([source, environment.get("PYTHONPATH", "")])
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    @needs_library
+    def test_by_environment(self) -> None:
+        library = native.library()
+        assert library is not None
+        code = "from teal.ops import native; print(native.library().teal_chosen_instruction_set().decode())"
+        for name in library.teal_instruction_sets().decode().split():
+            assert self.in_a_process(code, name).stdout.strip() == name
+
+    @needs_library
+    def test_unknown(self) -> None:
+        done = self.in_a_process("from teal.ops import native; native.library()", "mmx")
+        assert "TEAL_CPU='mmx' does not run here; choose from" in done.stderr
+
+    def test_none_leaves_pytorch(self) -> None:
+        code = (
+            "import torch; from teal.ops import native; from teal.ops.sparse_gemv import pack; "
+            "print(pack(torch.ones(2, 3)).layout, pack(torch.ones(2, 3), 'int8').layout); print(native.describe())"
+        )
+        first, second = self.in_a_process(code, "none").stdout.splitlines()
+        assert first == "row_major cpu_int8"
+        assert "TEAL_CPU=none" in second or "not built" in second
+
+    @pytest.mark.parametrize("layout", TILED)
+    def test_tiles_are_multiplied_without_the_library_too(self, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "library", lambda: None)
+        weight, x = LAYOUTS[layout].pack(normal(30, 50)), normal(3, 50, seed=1)
+        expected = reference.sparse_gemv(x, weight.unpack(), torch.tensor(0.5))
+        torch.testing.assert_close(sparse_gemv(x, weight, torch.tensor(0.5)), expected)
+
+
+class TestStorage:
+    @pytest.mark.parametrize("bits", [4, 8, 16, 32])
+    @pytest.mark.parametrize("n", [1, 31, 512, 1025, 4096, 14336])
+    def test_tiles_hold_all_outputs_in_runs_of_at_most_a_kilobyte(self, n: int, bits: int) -> None:
+        size = tile_outputs(n, bits)
+        tiles = -(-n // size)
+        assert size * bits % 512 == 0
+        assert size * bits <= 8192
+        assert (tiles - 1) * size < n <= tiles * size
+        assert n * bits < 8192 or size * bits > 4096
+
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 130), (130, 3), (2050, 257)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_quantized_storage_gives_back_what_was_rounded(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        weight = normal(*shape, dtype=dtype)
+        assert torch.equal(pack(weight, "int8").unpack(), dequantize_int8(*quantize_int8(weight), dtype))
+        assert torch.equal(pack(weight, "int4").unpack(), dequantize_int4(*quantize_int4(weight), dtype))
+
+    def test_channel_bytes(self) -> None:
+        assert pack(normal(4096, 1024, dtype=torch.bfloat16)).channel_bytes in (8192, 4096 * 2)
+        assert pack(normal(4096, 1024), "int8").channel_bytes == 4096 + 4096 * 4 / 1024
+        assert pack(normal(4096, 1024), "int4").channel_bytes == 2048 + 4096 * 2 / 128
+
+    def test_unknown_quantization(self) -> None:
+        with pytest.raises(TealError, match="unknown quantization 'int3'; choose from int8, int4"):
+            pack(normal(4, 4), "int3")
+
+
+class TestRounding:
+    def test_int8_is_within_half_a_step(self) -> None:
+        weight = normal(50, 300)
+        integers, scales = quantize_int8(weight)
+        assert (integers.abs().amax(dim=1) == 127).all()
+        assert ((integers.float() * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+
+    def test_int4_is_within_half_a_step_and_what_its_scale_was_rounded_by(self) -> None:
+        weight = normal(50, 300)
+        integers, scales = quantize_int4(weight)
+        wide = scales.float().repeat_interleave(128, dim=1)[:, :300]
+        assert integers.abs().max() == 7
+        assert ((integers.float() * wide - weight).abs() <= 0.53 * wide).all()
+
+    @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+    def test_zeros_stay_zeros(self, quantize: Any) -> None:
+        integers, scales = quantize(torch.zeros(3, 130))
+        assert not integers.any()
+        assert not scales.any()
