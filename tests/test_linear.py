@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from teal.errors import TealError
 from teal.linear import SparseLinear, sparse_from, sparse_layers
 from teal.ops import reference
-from teal.ops.packed import LAYOUTS
+from teal.ops.layouts import LAYOUTS
 
 X = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(1))
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import TealError
-from teal.ops.packed import PackedWeight, restore
+from teal.ops.layouts import restore
+from teal.ops.packed import PackedWeight
 from teal.ops.reference import first_sparse_token
 from teal.ops.sparse_gemv import pack, sparse_gemv, sparse_linear
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from teal.errors import TealError
 from teal.ops import reference
-from teal.ops.packed import LAYOUTS, MAX_SPARSE_ROWS, PackedWeight, restore
+from teal.ops.layouts import LAYOUTS, restore
+from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.sparse_gemv import pack, sparse_gemv, sparse_linear
 
 TOLERANCE = {  # of a sum over a few hundred products of unit normals
@@ -23,11 +24,17 @@ SHAPES = [
     pytest.param(shape, id="x".join(map(str, shape)))
     for shape in [(1, 1), (1, 130), (130, 1), (3, 5), (64, 64), (127, 257), (256, 96)]
 ]
-layouts = pytest.mark.parametrize("layout", list(LAYOUTS))
+without_triton = pytest.mark.skipif("triton" not in LAYOUTS, reason="needs Triton: pip install triton")
+NAMES = [*LAYOUTS, *(() if "triton" in LAYOUTS else [pytest.param("triton", marks=without_triton)])]
+layouts = pytest.mark.parametrize(
+    "layout", [*NAMES, *(pytest.param(name, id=f"{name}-cuda", marks=pytest.mark.gpu) for name in LAYOUTS)]
+)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """The same values on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 def packed(layout: str, n: int, k: int, dtype: torch.dtype = torch.float32) -> PackedWeight:
@@ -77,9 +84,8 @@ class TestSparseGemv:
     @pytest.mark.parametrize("rows", [1, 3, MAX_SPARSE_ROWS + 1])
     def test_the_bias_is_added_before_rounding(self, layout: str, rows: int, dtype: torch.dtype) -> None:
         """Sums of small integers and eighths are exact in float32: rounded once, every layout gives the same bits."""
-        generator = torch.Generator().manual_seed(0)
-        weight, x = (torch.randint(-9, 10, size, generator=generator).to(dtype) for size in [(45, 70), (rows, 70)])
-        bias = (torch.randint(-99, 99, (45,), generator=generator) / 8).to(dtype)
+        weight, x = (torch.randint(-9, 10, size).to(dtype) for size in [(45, 70), (rows, 70)])
+        bias = (torch.randint(-99, 99, (45,)) / 8).to(dtype)
         kept = LAYOUTS[layout].pack(weight)
         expected = reference.sparse_gemv(x, weight, torch.tensor(1.5), bias)
         assert torch.equal(sparse_gemv(x, kept, torch.tensor(1.5), bias), expected)

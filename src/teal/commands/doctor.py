@@ -99,7 +99,7 @@ def _backends() -> dict[str, str]:
     import torch
 
     from teal.ops import reference
-    from teal.ops.packed import LAYOUTS
+    from teal.ops.layouts import LAYOUTS
 
     found = {}
     generator = torch.Generator().manual_seed(0)

@@ -123,11 +123,3 @@ class ChannelMajorWeight(PackedWeight):
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.storage[0].t(), bias)
-
-
-LAYOUTS: dict[str, type[PackedWeight]] = {layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight)}
-
-
-def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
-    """The packed weight behind the tensors and the layout name that a custom op received."""
-    return LAYOUTS[layout](storage)

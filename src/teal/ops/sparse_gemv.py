@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from teal.errors import TealError
-from teal.ops.packed import LAYOUTS, MAX_SPARSE_ROWS, PackedWeight, restore
+from teal.ops.layouts import LAYOUTS, restore
+from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.reference import drop_small, first_sparse_token
 
 

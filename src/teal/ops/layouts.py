@@ -1,0 +1,20 @@
+"""The layouts that there are, by the name that custom ops pass along."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from teal.ops.packed import ChannelMajorWeight, PackedWeight, RowMajorWeight
+
+LAYOUTS: dict[str, type[PackedWeight]] = {layout.layout: layout for layout in (RowMajorWeight, ChannelMajorWeight)}
+
+if find_spec("triton") is not None:
+    from teal.ops.triton_gemv import TritonWeight
+
+    LAYOUTS[TritonWeight.layout] = TritonWeight
+
+
+def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
+    """The packed weight behind the tensors and the layout name that a custom op received."""
+    return LAYOUTS[layout](storage)
