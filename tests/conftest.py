@@ -1,6 +1,7 @@
 """Settings for all tests: one thread each, so that parallel workers do not fight, and no network."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,8 +10,22 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when kernels are defined
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `gpu` make their tensors on the CUDA device."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    else:
+        with torch.device("cuda"):
+            yield

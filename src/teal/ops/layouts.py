@@ -1,6 +1,7 @@
 """The layouts that there are, by the name that custom ops pass along."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -12,6 +13,11 @@ LAYOUTS: dict[str, type[PackedWeight]] = {
     layout.layout: layout
     for layout in (RowMajorWeight, ChannelMajorWeight, CpuWeight, CpuInt8Weight, CpuInt4Weight, CudaWeight)
 }
+
+if find_spec("triton") is not None:
+    from teal.ops.triton_gemv import TritonWeight
+
+    LAYOUTS[TritonWeight.layout] = TritonWeight
 
 
 def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
