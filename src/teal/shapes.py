@@ -1,5 +1,6 @@
 """Real model shapes with random weights, for measurements that need sizes and no quality."""
 
+import math
 from typing import Any
 
 import torch
@@ -56,22 +57,43 @@ def shape_config(name: str) -> Any:
     return AutoConfig.for_model(model_type, max_position_embeddings=8192, **fields)
 
 
+class RandomWeights:
+    """Random weights of `config` by name: standard deviation 0.02, norms and biases of 1; a tied head is not listed.
+
+    Tensors are made when asked for, so a model need not fit into memory twice. `shapes` has their names.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._values = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(dtype)
+        self._offsets, offset = {}, 0
+        for name, shape in self.shapes.items():
+            self._offsets[name] = offset
+            if len(shape) > 1:
+                offset = (offset + math.prod(shape)) % _PERIOD
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = torch.ones(self.shapes[name], dtype=self._values.dtype)
+        if weight.ndim > 1:
+            _tile(weight.view(-1), self._values, self._offsets[name])
+        return weight
+
+
 def random_model(config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A transformers model of `config` with random weights of standard deviation 0.02, norms of 1."""
+    """A transformers model of `config` with `RandomWeights`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     compute_buffers(model)
-    values = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(dtype)
-    offset = 0
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            weight = torch.ones(parameter.shape, dtype=dtype)
-            if parameter.ndim > 1:
-                _tile(weight.view(-1), values, offset)
-                offset = (offset + parameter.numel()) % _PERIOD
-            setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+    weights = RandomWeights(config, dtype, seed)
+    for name in weights.shapes:
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, torch.nn.Parameter(weights[name], requires_grad=False))
     model.tie_weights()
     return model.eval()
 
