@@ -16,6 +16,7 @@ from side_by_side.rounds import Agreement, Spread, Worker, rotated, speedup, tok
 
 from teal.engine.block import rotate
 from teal.engine.config import EngineConfig
+from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
 from teal.shapes import RandomWeights
 
@@ -150,6 +151,37 @@ class TestGguf:
         config = tiny_config(rope_parameters=rope)
         with pytest.raises(UsageError, match="RoPE of type 'linear'"):
             plan_gguf(config, RandomWeights(config), "F16", "F16", seed=0)
+
+
+@pytest.mark.skipif(not script._installed("llama_cpp"), reason="the llama-cpp extra is not installed")
+class TestBothSides:
+    """Through the children, on tiny weights: llama.cpp computes the model that the engine computes."""
+
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_logits_agree(self, family: str, tied: bool, tmp_path: Path) -> None:
+        weights, config = weights_and_config(family, tie_word_embeddings=tied)
+        path, prompt, tokens = tmp_path / "tiny.gguf", [5, 200, 17, 3], [9, 250, 31]
+        ensure_gguf(path, plan_gguf(config, weights, "F16", "F16", seed=0), weights)
+
+        def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return weights[name if name.startswith("lm_head.") else f"model.{name}"].float()
+
+        engine = DecoderModel(EngineConfig.of(config), take, context=32)
+        expected = engine.prefill(torch.tensor([[*prompt, *tokens]]), engine.new_cache(), all_positions=True)[0, -3:]
+        task = {"side": "llama.cpp", "gguf": str(path), "prompt": prompt, "context": 32, "threads": 1}
+        with Worker(task) as worker:
+            for _ in range(2):  # the second time from the same position again
+                worker.ask("logits", tokens=tokens, path=str(tmp_path / "logits.npy"))
+                agreement = Agreement.of(np.load(tmp_path / "logits.npy"), expected.numpy())
+                assert agreement.correlation > 0.9999
+                assert agreement.top1 == 1
+            assert worker.ask("decode", tokens=tokens, level=0.0, sparse_head=False)["seconds"] > 0
+
+    def test_a_file_that_is_none(self, tmp_path: Path) -> None:
+        (tmp_path / "x.gguf").write_bytes(b"nothing")
+        with pytest.raises(TealError, match=r"llama.cpp: RuntimeError: llama.cpp cannot load .*x.gguf"):
+            Worker({"side": "llama.cpp", "gguf": str(tmp_path / "x.gguf"), "prompt": [1], "context": 32, "threads": 1})
 
 
 class TestFigures:
