@@ -70,6 +70,7 @@ FORMATS = {
     "int8/Q8_0": FormatClass("int8", "Q8_0", 0.99),
     "int4/Q4_0": FormatClass("int4", "Q4_0", 0.8),
 }
+DEFAULT_FORMATS = ["bf16/F16", "int8/Q8_0", "int4/Q4_0"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=INSTALLATION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-3.2-1b", help="a shape that `teal bench --shape` knows")
-    parser.add_argument("--formats", nargs="+", default=["bf16/F16", "int8/Q8_0", "int4/Q4_0"], choices=FORMATS)
+    parser.add_argument(
+        "--formats", nargs="+", default=DEFAULT_FORMATS, choices=FORMATS, metavar="TEAL/GGUF",
+        help=f"of {', '.join(FORMATS)} (default: {' '.join(DEFAULT_FORMATS)})",
+    )  # fmt: skip
     parser.add_argument("--levels", nargs="+", type=float, default=[0.4, 0.5], help="(default: 0.4 0.5)")
     parser.add_argument("--heads", nargs="+", default=["dense", "sparse"], choices=["dense", "sparse"])
     parser.add_argument("--threads", type=int, default=2, help="of each side (default: 2)")
