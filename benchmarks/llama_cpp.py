@@ -4,7 +4,8 @@ Both sides get the same weights of a named shape, the same prompt, the same toke
 number of threads, and a format of the same class: bf16/F16, int8/Q8_0, int4/Q4_0. Each runs in a process of its own
 and they take turns, a round being one measurement of every row; each round starts with another row. A ratio compares
 measurements of the same round; printed are the median over the rounds and, in brackets, the lowest and the highest.
-Before anything is timed, the logits of both sides must agree. llama.cpp reads its weights into its own memory
+Before anything is timed, the logits of both sides must agree; a round in which other processes used more than 5 % of
+the processors is measured again. llama.cpp reads its weights into its own memory
 (no mmap) and repacks them as it likes.
 
   python benchmarks/llama_cpp.py --shape llama-3.2-1b
@@ -16,6 +17,7 @@ GGUF files are kept in --directory and used again.
 
 import argparse
 import importlib.metadata
+import itertools
 import platform
 import sys
 import tempfile
@@ -27,12 +29,11 @@ from typing import Any
 
 import numpy as np
 from side_by_side.gguf_file import GgufPlan, ensure_gguf, plan_gguf
-from side_by_side.rounds import Agreement, Spread, Worker, rotated, speedup, tokens_per_second, wait_policy
+from side_by_side.rounds import Agreement, Quiet, Spread, Worker, rotated, speedup, tokens_per_second, wait_policy
 
 from teal.artifacts import check_writable, write_json
 from teal.engine.cache import whole_extents
 from teal.errors import TealError, UsageError
-from teal.progress import track
 from teal.report import Table, markdown_table
 from teal.shapes import RandomWeights, shape_config
 
@@ -53,6 +54,7 @@ SEED = 0
 PAUSE = 0.05  # seconds in which the other side's idle threads stop spinning
 COMPARED_TOKENS = 8
 CALIBRATION_TOKENS = 24
+MOST_OTHERS = 0.05  # of the processors that other processes may use in a round that counts
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,15 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Seconds of every variant, the bandwidth of a plain read, and the most that others used of the processors."""
+
+    seconds: dict[Variant, float]
+    bandwidth: float
+    others: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """What was measured of one variant. `bytes` are read per token, KV cache included."""
 
@@ -102,12 +113,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One format class, llama.cpp first."""
+    """One format class, llama.cpp first. `others` is the most that other processes used of the processors in a
+    round that counts, `discarded` how many rounds do not count because of it."""
 
     format: str
     head: dict[str, str]
     agreement: Agreement
     bandwidth: float
+    others: float | None
+    discarded: int
     rows: list[Row]
     details: dict[str, Any]
 
@@ -217,7 +231,7 @@ def compare(arguments: argparse.Namespace, name: str, path: Path, plan: GgufPlan
         counts = {
             variant: workers[variant.side].ask("count", tokens=tokens, **choice(variant)) for variant in variants[1:]
         }
-        seconds, bandwidths = measure(workers, variants, tokens, arguments.rounds)
+        rounds, discarded = measure(workers, variants, tokens, arguments.rounds)
         details = {side: worker.details for side, worker in workers.items()}
     position = arguments.context + steps // 2
     llama_bytes = plan.bytes_per_token + 4 * plan.config.blocks * plan.config.kv_heads * plan.config.head_dim * position
@@ -226,13 +240,15 @@ def compare(arguments: argparse.Namespace, name: str, path: Path, plan: GgufPlan
             variant,
             counts[variant]["sparsity"] if variant in counts else 0.0,
             counts[variant]["bytes"] if variant in counts else llama_bytes,
-            tokens_per_second(seconds[variant], arguments.tokens),
-            speedup(seconds[variant], seconds[variants[0]]),
+            tokens_per_second([round_.seconds[variant] for round_ in rounds], arguments.tokens),
+            speedup(*([round_.seconds[one] for round_ in rounds] for one in (variant, variants[0]))),
         )
         for variant in variants
     ]
     head = {"llama.cpp": plan.head_format, "teal": details["teal"]["head"]}
-    return Comparison(name, head, agreement, Spread.of(bandwidths).median, rows, details)
+    bandwidth = Spread.of([round_.bandwidth for round_ in rounds]).median
+    others = None if rounds[0].others is None else max(round_.others or 0 for round_ in rounds)
+    return Comparison(name, head, agreement, bandwidth, others, discarded, rows, details)
 
 
 def choice(variant: Variant) -> dict[str, Any]:
@@ -252,17 +268,32 @@ def compare_logits(workers: dict[str, Worker], tokens: list[int]) -> Agreement:
 
 def measure(
     workers: dict[str, Worker], variants: list[Variant], tokens: list[int], rounds: int
-) -> tuple[dict[Variant, list[float]], list[float]]:
-    """Seconds of every variant, one measurement per round, and the bandwidth of a plain read in each round."""
-    seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    bandwidths = []
-    for index in track(range(rounds), "round", rounds, True):
-        bandwidths.append(workers["teal"].ask("bandwidth")["bandwidth"])
-        for variant in rotated(variants, index):
-            time.sleep(PAUSE)
-            reply = workers[variant.side].ask("decode", tokens=tokens, **choice(variant))
-            seconds[variant].append(reply["seconds"])
-    return seconds, bandwidths
+) -> tuple[list[Round], int]:
+    """`rounds` quiet rounds, each with one measurement of every variant, and how many others were discarded.
+
+    When twice as many rounds were disturbed as were asked for, the quietest serve.
+    """
+    measured: list[Round] = []
+    for index in itertools.count():
+        quiet = [round_ for round_ in measured if (round_.others or 0) <= MOST_OTHERS]
+        if len(quiet) == rounds or len(measured) == 3 * rounds:
+            break
+        say(f"round {len(quiet) + 1} of {rounds}, {len(measured) - len(quiet)} disturbed")
+        measured.append(measure_round(workers, rotated(variants, index), tokens))
+    chosen = sorted(measured, key=lambda round_: round_.others or 0)[:rounds] if len(quiet) < rounds else quiet
+    return chosen, len(measured) - len(chosen)
+
+
+def measure_round(workers: dict[str, Worker], variants: list[Variant], tokens: list[int]) -> Round:
+    bandwidth = workers["teal"].ask("bandwidth")["bandwidth"]
+    seconds, others = {}, []
+    for variant in variants:
+        time.sleep(PAUSE)
+        quiet = Quiet()
+        reply = workers[variant.side].ask("decode", tokens=tokens, **choice(variant))
+        others.append(quiet.others(reply["processor_seconds"]))
+        seconds[variant] = reply["seconds"]
+    return Round(seconds, bandwidth, None if None in others else max(others))
 
 
 def table(comparison: Comparison) -> Table:
@@ -292,12 +323,23 @@ def notes(arguments: argparse.Namespace, comparison: Comparison) -> list[str]:
         f"LM head and embedding: llama.cpp {comparison.head['llama.cpp']}, teal {comparison.head['teal']}; "
         f"KV cache: {llama['cache']}, {teal['cache']}; context: {llama['context']}, {teal['context']}",
         f"plain read in the same run: {comparison.bandwidth / 1e9:.1f} GB/s; realised sparsity is that of the blocks",
+        disturbance(comparison),
         f"same model: logits of {COMPARED_TOKENS} tokens correlate by at least {agreement.correlation:.5f}, the same "
         f"first choice in {agreement.top1:.0%}; teal's products differ from its reference by at most "
         f"{teal['largest_relative_error']:.1e} of the largest output",
         f"llama-cpp-python {llama['version']} ({llama['build']}), no mmap; torch {teal['version']}, layout "
         f"{teal['layout']}",
     ]
+
+
+def disturbance(comparison: Comparison) -> str:
+    if comparison.others is None:
+        return "whether other processes disturbed the rounds is not known on this system"
+    verdict = "quiet" if comparison.others <= MOST_OTHERS else "DISTURBED, do not quote"
+    return (
+        f"{verdict}: other processes used at most {comparison.others:.0%} of the processors in the rounds that count; "
+        f"{comparison.discarded} rounds were discarded"
+    )
 
 
 def processor() -> str:

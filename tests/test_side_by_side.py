@@ -212,6 +212,54 @@ class TestFigures:
             Agreement.of(logits, logits[:2])
 
 
+class TestRounds:
+    A, B = script.Variant("llama.cpp"), script.Variant("teal")
+
+    def measure(self, monkeypatch: pytest.MonkeyPatch, others: list[float | None]) -> tuple[list[Any], int]:
+        given = iter([script.Round({}, 1.0, share) for share in others])
+        monkeypatch.setattr(script, "measure_round", lambda *_: next(given))
+        return script.measure({}, [self.A, self.B], [1], rounds=2)
+
+    def test_disturbed_rounds_are_measured_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen, discarded = self.measure(monkeypatch, [0.5, 0.01, 0.06, 0.05])
+        assert ([round_.others for round_ in chosen], discarded) == ([0.01, 0.05], 2)
+
+    def test_the_quietest_serve_if_it_never_gets_quiet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chosen, discarded = self.measure(monkeypatch, [0.5, 0.3, 0.2, 0.6, 0.7, 0.01])
+        assert ([round_.others for round_ in chosen], discarded) == ([0.01, 0.2], 4)
+
+    def test_unknown_is_not_disturbed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.measure(monkeypatch, [None, None])[1] == 0
+
+    def test_a_round_asks_each_side(self) -> None:
+        asked = []
+
+        class Side:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def ask(self, do: str, **request: Any) -> dict[str, float]:
+                asked.append((self.name, do, request.get("level")))
+                return {"seconds": 2.0, "processor_seconds": 0.0, "bandwidth": 7.0}
+
+        workers: Any = {"llama.cpp": Side("llama.cpp"), "teal": Side("teal")}
+        variant = script.Variant("teal", 0.5)
+        round_ = script.measure_round(workers, [variant, self.A], [1, 2])
+        assert asked == [("teal", "bandwidth", None), ("teal", "decode", 0.5), ("llama.cpp", "decode", 0.0)]
+        assert round_.seconds == {variant: 2.0, self.A: 2.0}
+        assert round_.bandwidth == 7.0
+
+    def test_processor_time_of_all(self, tmp_path: Path) -> None:
+        """By hand: user, nice, system, idle, iowait, irq, softirq, steal, guest (a part of user), in ticks."""
+        (tmp_path / "stat").write_text("cpu 100 20 3 9999 888 4 5 6 70 8\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+        assert rounds.busy_seconds(tmp_path / "stat") == 138 / rounds.os.sysconf("SC_CLK_TCK")
+        assert rounds.busy_seconds(tmp_path / "none") is None
+
+    def test_labels(self) -> None:
+        variants = [self.A, self.B, script.Variant("teal", 0.4), script.Variant("teal", 0.5, sparse_head=True)]
+        assert [v.label for v in variants] == ["llama.cpp", "teal dense", "teal 40%", "teal 50%, sparse head"]
+
+
 class TestWorker:
     """Children that a few lines of Python stand in for."""
 

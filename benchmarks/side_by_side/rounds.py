@@ -6,6 +6,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,6 +125,33 @@ class Agreement:
             raise TealError(f"logits of shapes {one.shape} and {other.shape} do not compare or are not finite")
         correlations = [float(np.corrcoef(a, b)[0, 1]) for a, b in zip(one, other, strict=True)]
         return cls(min(correlations), float((one.argmax(axis=1) == other.argmax(axis=1)).mean()))
+
+
+class Quiet:
+    """How much of the machine's processors others use while one side is measured; steal by other machines counts.
+
+    Threads that spin at barriers lose several times what is taken from them, and not alike on both sides.
+    """
+
+    def __init__(self) -> None:
+        self._started, self._busy = time.perf_counter(), busy_seconds()
+
+    def others(self, processor_seconds: float) -> float | None:
+        """The share since the start that is not `processor_seconds`; None where the system does not tell."""
+        busy = busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        elapsed = (time.perf_counter() - self._started) * (os.cpu_count() or 1)
+        return max(0.0, busy - self._busy - processor_seconds) / elapsed
+
+
+def busy_seconds(path: Path = Path("/proc/stat")) -> float | None:
+    """Seconds that all processors together were not idle since the start of the system, as Linux counts them."""
+    try:
+        user, nice, system, _, _, *rest = map(int, path.read_text(encoding="utf-8").split("\n", 1)[0].split()[1:])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")  # rest: irq, softirq, steal
 
 
 def wait_policy() -> str:
