@@ -111,9 +111,12 @@ class TealSide(Side):
         from teal.engine.generate import DecodeState
         from teal.engine.model import DecoderModel
         from teal.engine.sampling import Sampler, SamplingConfig
+        from teal.errors import TealError
         from teal.linear import sparse_layers
         from teal.shapes import RandomWeights, shape_config
 
+        if task["weights"] != "bf16":
+            raise TealError(f"the engine has no {task['weights']} weights; choose --formats bf16/F16")
         torch.set_num_threads(task["threads"])
         config = shape_config(task["shape"])
         weights = RandomWeights(config, torch.bfloat16, task["seed"])
