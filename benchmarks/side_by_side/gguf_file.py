@@ -59,9 +59,12 @@ class GgufPlan:
 
     @property
     def fingerprint(self) -> str:
-        sizes = {field: value for field, value in vars(self.config).items() if field != "dtype"}
-        made = {"version": VERSION, "seed": self.seed, "matrix": self.matrix_format, "head": self.head_format}
-        return json.dumps({**made, **sizes}, sort_keys=True)
+        """All that decides the file's content, in one line."""
+        tensors = [(tensor.name, tensor.shape, tensor.format) for tensor in self.tensors]
+        heads = [self.config.heads, self.config.kv_heads, self.config.head_dim]
+        numbers = [self.rope_base, self.config.rms_norm_eps, self.config.max_positions]
+        made = {"version": VERSION, "seed": self.seed, "type": self.config.model_type, "heads": heads}
+        return json.dumps({**made, "numbers": numbers, "tensors": tensors}, sort_keys=True)
 
 
 def plan_gguf(config: Any, weights: RandomWeights, matrix_format: str, head_format: str, seed: int) -> GgufPlan:
