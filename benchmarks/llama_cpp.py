@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 from side_by_side.gguf_file import GgufPlan, ensure_gguf, plan_gguf
 from side_by_side.rounds import Agreement, Quiet, Spread, Worker, rotated, speedup, tokens_per_second, wait_policy
+from side_by_side.weights import SharedWeights
 
 from teal.artifacts import check_writable, write_json
 from teal.engine.cache import whole_extents
 from teal.errors import TealError, UsageError
 from teal.report import Table, markdown_table
-from teal.shapes import RandomWeights, shape_config
+from teal.shapes import shape_config
 
 CMAKE_ARGS = (
     "-DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=ON -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON "
@@ -182,7 +183,7 @@ def _installed(package: str) -> bool:
 def compare_all(arguments: argparse.Namespace) -> list[Comparison]:
     """Measure format after format, printing each when it is done."""
     config = shape_config(arguments.shape)
-    weights = RandomWeights(config, seed=SEED)
+    weights = SharedWeights(config, SEED)
     files = {}
     for name in dict.fromkeys(arguments.formats):
         gguf = FORMATS[name].gguf

@@ -13,22 +13,31 @@ from helpers import tiny_config
 from side_by_side import gguf_file, rounds
 from side_by_side.gguf_file import ensure_gguf, interleave_rotary_rows, plan_gguf
 from side_by_side.rounds import Agreement, Spread, Worker, rotated, speedup, tokens_per_second
+from side_by_side.weights import SharedWeights
 
 from teal.engine.block import rotate
 from teal.engine.config import EngineConfig
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
-from teal.shapes import RandomWeights
 
 SCRIPT = Path(script.__file__)
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}  # whole blocks of 32
 
 
-def weights_and_config(family: str = "llama", **changes: Any) -> tuple[RandomWeights, Any]:
+def weights_and_config(family: str = "llama", **changes: Any) -> tuple[SharedWeights, Any]:
     if family == "mistral":
         changes["sliding_window"] = None
     config = tiny_config(family, **WIDE, **changes)
-    return RandomWeights(config), config
+    return SharedWeights(config, 0), config
+
+
+def test_weights_are_scaled_as_a_trained_model_is() -> None:
+    weights, _ = weights_and_config()
+    deviations = {name: float(weights[name].float().std()) for name in weights.shapes if len(weights.shapes[name]) > 1}
+    assert deviations["model.embed_tokens.weight"] == pytest.approx(0.64, rel=0.1)
+    assert deviations["model.layers.0.mlp.down_proj.weight"] == pytest.approx(0.0025, rel=0.1)
+    assert deviations["model.layers.0.mlp.up_proj.weight"] == pytest.approx(0.02, rel=0.1)
+    assert all((weights[name] == 1).all() for name, shape in weights.shapes.items() if len(shape) == 1)
 
 
 class TestRotaryRows:
@@ -143,14 +152,14 @@ class TestGguf:
     def test_refused(self) -> None:
         config = tiny_config()
         with pytest.raises(UsageError, match=r"has rows of 56 weights, Q8_0 stores blocks of 32"):
-            plan_gguf(config, RandomWeights(config), "Q8_0", "F16", seed=0)
+            plan_gguf(config, SharedWeights(config, 0), "Q8_0", "F16", seed=0)
         config = tiny_config("mistral")
         with pytest.raises(UsageError, match="windows"):
-            plan_gguf(config, RandomWeights(config), "F16", "F16", seed=0)
+            plan_gguf(config, SharedWeights(config, 0), "F16", "F16", seed=0)
         rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
         config = tiny_config(rope_parameters=rope)
         with pytest.raises(UsageError, match="RoPE of type 'linear'"):
-            plan_gguf(config, RandomWeights(config), "F16", "F16", seed=0)
+            plan_gguf(config, SharedWeights(config, 0), "F16", "F16", seed=0)
 
 
 @pytest.mark.skipif(not script._installed("llama_cpp"), reason="the llama-cpp extra is not installed")

@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from teal.artifacts import write_atomically
 from teal.engine.config import EngineConfig
 from teal.errors import TealError, UsageError
 from teal.progress import track
-from teal.shapes import RandomWeights
+
+if TYPE_CHECKING:
+    from side_by_side.weights import SharedWeights
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 FINGERPRINT = "teal.weights"
-VERSION = 1  # of what a plan and its random weights make
+VERSION = 2  # of what a plan and its random weights make
 INSTALL = 'pip install -c constraints.txt ".[llama-cpp]"'
 
 
@@ -67,7 +69,7 @@ class GgufPlan:
         return json.dumps({**made, "numbers": numbers, "tensors": tensors}, sort_keys=True)
 
 
-def plan_gguf(config: Any, weights: RandomWeights, matrix_format: str, head_format: str, seed: int) -> GgufPlan:
+def plan_gguf(config: Any, weights: "SharedWeights", matrix_format: str, head_format: str, seed: int) -> GgufPlan:
     """Decide names, order, formats and sizes. Formats are llama.cpp's names: F16, BF16, Q8_0, Q4_0, ...
 
     Raises UsageError for an architecture without a name there or a matrix that no whole blocks fill.
@@ -97,7 +99,7 @@ def _bytes(gguf: Any, source: str, shape: tuple[int, ...], format_: str) -> int:
     return torch.Size(shape).numel() // block * block_bytes
 
 
-def ensure_gguf(path: Path, plan: GgufPlan, weights: RandomWeights, show_progress: bool = False) -> bool:
+def ensure_gguf(path: Path, plan: GgufPlan, weights: "SharedWeights", show_progress: bool = False) -> bool:
     """Write the file, unless it is there and holds just this; returns whether it was written.
 
     Raises TealError if the disk has too little room or cannot be written.
@@ -142,7 +144,7 @@ def _check_disk(path: Path, needed: int) -> None:
         )
 
 
-def _write(path: Path, plan: GgufPlan, weights: RandomWeights, show_progress: bool) -> None:
+def _write(path: Path, plan: GgufPlan, weights: "SharedWeights", show_progress: bool) -> None:
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(gguf, plan.config)])
     _describe(writer, plan)

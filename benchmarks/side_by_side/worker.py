@@ -105,6 +105,7 @@ class TealSide(Side):
 
     def __init__(self, task: dict[str, Any]) -> None:
         import torch
+        from weights import SharedWeights
 
         from teal.benchmark import check_products
         from teal.engine.config import EngineConfig
@@ -113,13 +114,13 @@ class TealSide(Side):
         from teal.engine.sampling import Sampler, SamplingConfig
         from teal.errors import TealError
         from teal.linear import sparse_layers
-        from teal.shapes import RandomWeights, shape_config
+        from teal.shapes import shape_config
 
         if task["weights"] != "bf16":
             raise TealError(f"the engine has no {task['weights']} weights; choose --formats bf16/F16")
         torch.set_num_threads(task["threads"])
         config = shape_config(task["shape"])
-        weights = RandomWeights(config, torch.bfloat16, task["seed"])
+        weights = SharedWeights(config, task["seed"])
 
         def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             return weights[name if name.startswith("lm_head.") else f"model.{name}"]
