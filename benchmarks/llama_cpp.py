@@ -68,10 +68,10 @@ class FormatClass:
 
 
 FORMATS = {
-    "bf16/F16": FormatClass("bf16", "F16", 0.99),
-    "bf16/BF16": FormatClass("bf16", "BF16", 0.99),
+    "bf16/F16": FormatClass("bf16", "F16", 0.999),
+    "bf16/BF16": FormatClass("bf16", "BF16", 0.999),
     "int8/Q8_0": FormatClass("int8", "Q8_0", 0.99),
-    "int4/Q4_0": FormatClass("int4", "Q4_0", 0.8),
+    "int4/Q4_0": FormatClass("int4", "Q4_0", 0.9),
 }
 DEFAULT_FORMATS = ["bf16/F16", "int8/Q8_0", "int4/Q4_0"]
 
