@@ -41,9 +41,11 @@ def test_torch_is_no_build_requirement(installed):
 
 
 def test_the_installed_command_runs(installed, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(installed[1])}
+    # Without `site`, whose hooks would find an editable installation of this repository first.
+    path = os.pathsep.join([str(installed[1]), *(folder for folder in sys.path if "site-packages" in folder)])
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-m", "teal", "inspect"],
+        [sys.executable, "-S", "-m", "teal", "inspect"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
