@@ -31,7 +31,7 @@ class SparseLinear(nn.Module):
     def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("threshold", torch.full((), -1.0), persistent=False)
+        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32), persistent=False)
         self.register_buffer("sparse_bias", None, persistent=False)
         self.dense_tokens = -1
         self.observer: Callable[[Tensor], None] | None = None  # called with the inputs of sparse tokens

@@ -12,6 +12,7 @@ from fuzz_cpu import fuzz
 from torch import Tensor
 
 from teal.errors import TealError
+from teal.linear import SparseLinear
 from teal.ops import native, reference
 from teal.ops.cpu import tile_outputs
 from teal.ops.layouts import LAYOUTS
@@ -116,6 +117,24 @@ class TestChoice:
 
 
 class TestStorage:
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("layout", TILED)
+    def test_the_default_dtype_changes_nothing(self, layout: str, default: torch.dtype) -> None:
+        weight, x = normal(300, 500, dtype=torch.bfloat16), normal(3, 500, dtype=torch.bfloat16, seed=1)
+        before = LAYOUTS[layout].pack(weight)
+        expected = before.sparse_gemv(x, torch.tensor(0.5), None), before.dense_gemm(x, None)
+        threshold = torch.tensor(0.5)
+        torch.set_default_dtype(default)
+        try:
+            after = LAYOUTS[layout].pack(weight)
+            actual = after.sparse_gemv(x, threshold, None), after.dense_gemm(x, None)
+            assert SparseLinear(after).threshold.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(new, old) for new, old in zip(after.storage, before.storage, strict=True))
+        assert [tensor.dtype for tensor in after.storage] == [tensor.dtype for tensor in before.storage]
+        assert all(torch.equal(new, old) for new, old in zip(actual, expected, strict=True))
+
     @pytest.mark.parametrize("bits", [4, 8, 16, 32])
     @pytest.mark.parametrize("n", [1, 31, 512, 1025, 4096, 14336])
     def test_tiles_hold_all_outputs_in_runs_of_at_most_a_kilobyte(self, n: int, bits: int) -> None:

@@ -100,7 +100,7 @@ class TiledWeight(PackedWeight):
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if 0 < rows.shape[0] <= LITTLE_ROWS and native.available() and x.is_cpu:
-            keep_all = torch.full((), -1.0)
+            keep_all = torch.full((), -1.0, dtype=torch.float32)
             y = torch.cat([self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)])
         else:
             y = self._matrix_product(rows, bias)
@@ -153,7 +153,7 @@ class CpuInt8Weight(TiledWeight):
         n, k = weight.shape
         size = tile_outputs(n, 8)
         tiles = native.new_tensor((-(-n // size), k, size), torch.int8)
-        scales = torch.empty(n)
+        scales = torch.empty(n, dtype=torch.float32)
         for index, rows in enumerate(weight.split(size)):
             integers, scales[index * size : index * size + len(rows)] = quantize_int8(rows)
             tiles[index, :, : len(rows)] = integers.t()
