@@ -133,6 +133,29 @@ def test_threads_share_an_engine(checkpoint):
     assert results == {i: expected[i % 2] for i in range(8)}
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_casts_of_an_engine(target, quantization, checkpoint):
+    name = "llama-llama3-biases-untied"
+    engine = load_engine(checkpoint(name), quantization=quantization)
+    before = logits(engine)
+    engine.to(target)
+    assert isinstance(engine.decode_step, CpuDecodeStep) == (target in native.ACTIVATIONS)
+    error, expected = (logits(engine) - before).norm(), (reference(engine) - before).norm()
+    assert error < 1.5 * expected + 1e-3 * before.norm()
+    engine.float()
+    assert isinstance(engine.decode_step, CpuDecodeStep)
+    if target == torch.float64:
+        assert torch.equal(logits(engine), before)
+
+
+def test_a_cast_of_a_part_of_an_engine(checkpoint):
+    engine = load_engine(checkpoint("llama-linear"))
+    engine.blocks[1].mlp.half()
+    with pytest.raises(TealError, match="cast the whole engine"):
+        run_step(engine)
+
+
 def run_step(engine, rows=1, cache=None, hidden=None, index=None, **changes):
     """One step with arguments that fit, but for those given."""
     index = torch.full((rows,), 5) if index is None else index

@@ -117,6 +117,42 @@ class TestChoice:
 
 
 class TestStorage:
+    @needs_library
+    @pytest.mark.parametrize("index", [0, 1])
+    @pytest.mark.parametrize("layout", TILED)
+    def test_storage_that_the_library_cannot_read(self, layout: str, index: int) -> None:
+        weight, x = LAYOUTS[layout].pack(normal(300, 500)), normal(2, 500, seed=1)
+        spread = list(weight.storage)
+        spread[index] = torch.stack((spread[index], spread[index]), dim=-1)[..., 0]
+        if spread[index].numel():  # what is empty has no gaps
+            with pytest.raises(TealError, match="must be contiguous"):
+                sparse_gemv(x, type(weight)(spread), torch.tensor(0.5))
+        other = list(weight.storage)
+        other[index] = other[index].half()
+        with pytest.raises(TealError):
+            sparse_gemv(x, type(weight)(other), torch.tensor(0.5))
+
+    @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+    @pytest.mark.parametrize("layout", TILED)
+    def test_casts_of_a_layer_leave_scales(self, layout: str, target: torch.dtype) -> None:
+        layer = SparseLinear(LAYOUTS[layout].pack(normal(300, 500)), normal(300)).eval()
+        layer.set_threshold(0.5)
+        wide = layer.weight.clone()
+        layer.to(target)
+        assert torch.equal(layer.weight, wide.to(target))
+        x = normal(3, 500, dtype=target, seed=1)
+        expected = reference.sparse_gemv(x.double(), wide.to(target).double(), layer.threshold, layer.bias.double())
+        wrong = (layer.decode(x).double() - expected).norm() / expected.norm()
+        assert wrong < 2 * torch.finfo(target).eps + 1e-6
+        assert layer.forward(x).dtype == target
+
+    def test_whether_channels_are_skipped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight = LAYOUTS["cpu"].pack(normal(30, 50))
+        assert weight.skips_channels == native.available()
+        monkeypatch.setattr(native, "library", lambda: None)
+        assert not weight.skips_channels
+        assert LAYOUTS["channel_major"].pack(normal(30, 50)).skips_channels
+
     @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
     @pytest.mark.parametrize("layout", TILED)
     def test_the_default_dtype_changes_nothing(self, layout: str, default: torch.dtype) -> None:

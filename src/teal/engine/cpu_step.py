@@ -41,7 +41,9 @@ class CpuDecodeStep:
     def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
         self.blocks = list(blocks)
         self.dtype = self.blocks[0].input_layernorm.weight.dtype
-        self.layers = [_PreparedLayer(layer) for block in self.blocks for layer in _projections(block).values()]
+        self.layers = [
+            _PreparedLayer(layer, self.dtype) for block in self.blocks for layer in _projections(block).values()
+        ]
         self.native_blocks = (native.Block * len(self.blocks))()
         layers = iter(self.layers)
         for native_block, block in zip(self.native_blocks, self.blocks, strict=True):
@@ -134,8 +136,9 @@ class CpuDecodeStep:
 class _PreparedLayer:
     """One projection's addresses, brought up to date when its tensors are replaced."""
 
-    def __init__(self, layer: SparseLinear) -> None:
+    def __init__(self, layer: SparseLinear, dtype: torch.dtype) -> None:
         self.layer = layer
+        self.dtype = dtype
         self.target: native.Projection
         self._seen: tuple[object, ...] = (None,)
 
@@ -143,10 +146,13 @@ class _PreparedLayer:
         """Whether the native call may serve; False while the layer is observed."""
         layer = self.layer
         buffers = layer._buffers
-        seen = (buffers["threshold"], buffers["sparse_bias"], layer.always_dense)
+        seen = (buffers["threshold"], buffers["sparse_bias"], layer.always_dense, layer.revision)
         if any(new is not old for new, old in zip(seen, self._seen, strict=False)) or len(self._seen) == 1:
             weight, dense = layer.packed, layer.always_dense
             assert isinstance(weight, TiledWeight)
+            tensors = (weight, layer.bias, layer.sparse_bias)
+            if any(tensor is not None and tensor.dtype != self.dtype for tensor in tensors):
+                raise TealError(f"a projection is no longer {self.dtype}; cast the whole engine, not a part of it")
             projection = native.projection(
                 weight.native_weight(),
                 _KEEP_ALL if dense else layer.threshold,

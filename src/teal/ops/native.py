@@ -129,7 +129,11 @@ def check(status: int) -> None:
 
 
 def projection(weight: Weight, threshold: Tensor, bias: Tensor | None, sparse_bias: Tensor | None = None) -> Projection:
-    """A projection of these tensors, all contiguous, which the caller keeps alive."""
+    """A projection of these tensors, which the caller keeps alive. Raises TealError unless they are contiguous."""
+    if threshold.dtype != torch.float32:
+        raise TealError(f"threshold must be float32, got {threshold.dtype}")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (threshold, bias, sparse_bias)):
+        raise TealError("threshold and biases must be contiguous")
     return Projection(
         weight,
         threshold.data_ptr(),
