@@ -54,6 +54,34 @@ class TestKernels:
             results.append(sparse_gemv(x, weight, torch.tensor(0.5)))
         assert all(torch.equal(result, results[0]) for result in results)
 
+    @pytest.mark.parametrize("threshold", [0.5, 0.0, -1.0])
+    @pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan")])
+    @pytest.mark.parametrize("rows", [2, 3, 8])
+    @pytest.mark.parametrize("layout", TILED)
+    def test_a_row_does_not_see_weights_that_only_others_keep(
+        self, layout: str, rows: int, special: float, threshold: float
+    ) -> None:
+        library, dtype = native.library(), torch.bfloat16
+        assert library is not None
+        weight = LAYOUTS[layout].pack(normal(1500, 400, dtype=dtype))
+        tiles, *scales, outputs = (tensor.clone() for tensor in weight.storage)
+        if layout == "cpu":
+            tiles[1, 3, 17] = tiles[0, 9] = special
+        elif layout == "cpu_int4":
+            scales[0][0, 1, 5] = special
+        weight, x = type(weight)((tiles, *scales, outputs)), normal(rows, 400, dtype=dtype, seed=1)
+        x[::2, [3, 9]], x[::2, 128:256] = 0, 0
+        before = library.teal_chosen_instruction_set()
+        try:
+            for name in library.teal_instruction_sets().split():
+                assert library.teal_choose_instruction_set(name) == 0
+                together = sparse_gemv(x, weight, torch.tensor(threshold))
+                alone = torch.cat([sparse_gemv(row[None], weight, torch.tensor(threshold)) for row in x])
+                assert layout == "cpu_int8" or not alone.isfinite().all()
+                torch.testing.assert_close(together, alone, equal_nan=True, atol=1e-2, rtol=1e-2)
+        finally:
+            library.teal_choose_instruction_set(before)
+
     def test_threads_are_those_of_torch(self, threads: Any) -> None:
         library = native.library()
         assert library is not None
