@@ -30,6 +30,12 @@ void add_bias(int32_t format, const void* bias, int64_t begin, int64_t end, floa
   }
 }
 
+bool has_nan(const float* x, int64_t count) {
+  int found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= x[i] != x[i];
+  return found != 0;
+}
+
 }  // namespace
 
 bool is_activation(int32_t format) { return format >= TEAL_FLOAT32 && format <= TEAL_FLOAT16; }
@@ -106,6 +112,25 @@ void Product::multiply(int64_t unit) {
   MultiplyTile kernel = format_ == TEAL_BFLOAT16 ? set.multiply_bfloat16[weight.format][rows_ - 1] : nullptr;
   if (kernel == nullptr) kernel = set.multiply[weight.format][rows_ - 1];
   kernel(part, kept, sums, stride_);
+  for (int row = 0; rows_ > 1 && row < rows_; ++row)  // a zero times a weight that is not finite
+    if (has_nan(sums + row * stride_, part.outputs)) multiply_alone(row, part, kept, sums + row * stride_);
+}
+
+// Threads may be out of memory here, where nothing can be thrown: then the row keeps its NaN.
+void Product::multiply_alone(int row, const Tile& tile, const Kept& kept, float* sums) const {
+  const std::unique_ptr<int32_t[]> channels(new (std::nothrow) int32_t[size_t(kept.count)]);
+  const std::unique_ptr<float[]> values(new (std::nothrow) float[size_t(kept.count)]);
+  if (!channels || !values) return;
+  const float* threshold = projection_->threshold;
+  int64_t count = 0;
+  for (int64_t i = 0; i < kept.count; ++i) {
+    const int32_t channel = kept.channels[i];
+    const float value = kept.values[i * rows_ + row];
+    if (__builtin_fabsf(value) <= threshold[channel * projection_->threshold_stride]) continue;
+    channels[count] = channel;
+    values[count++] = value;
+  }
+  chosen().multiply[projection_->weight.format][0](tile, Kept{channels.get(), values.get(), count}, sums, stride_);
 }
 
 void Product::finish(int row, int64_t begin, int64_t end, float* to) const {

@@ -43,11 +43,14 @@ class Product {
   // x [rows, row_stride] in float32: decides which channels are kept.
   void compact(const float* x, int64_t row_stride);
   int64_t units() const { return tiles_ * slices_; }
+  // Each row's sums are those it has on its own: channels that only other rows keep are no part of it.
   void multiply(int64_t unit);
   // to = scale * sums + biases, outputs [begin, end) of a row.
   void finish(int row, int64_t begin, int64_t end, float* to) const;
 
  private:
+  void multiply_alone(int row, const Tile& tile, const Kept& kept, float* sums) const;
+
   const teal_projection* projection_ = nullptr;
   int32_t format_ = 0;
   int rows_ = 0;

@@ -13,6 +13,7 @@ from teal.benchmark import Benchmark, benchmark, bytes_per_token, check_products
 from teal.engine.load import load_engine
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
+from teal.ops import native
 from teal.sparse_model import set_sparsity, sparsify
 from teal.structure import identify
 
@@ -111,6 +112,16 @@ class TestBytes:
         result = run(load_engine(directory))
         assert result.details["layout"] == "channel_major"
         assert all(speed.bytes_read == speed.bytes_needed for speed in result.speeds)
+
+    def test_the_cpu_layouts_skip_channels_through_the_native_library_only(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TEAL_LAYOUT", "cpu")
+        engine = load_engine(directory)
+        needed, read = bytes_per_token(engine, 0.5, 10)
+        assert (read == needed) == native.available()
+        monkeypatch.setattr(native, "library", lambda: None)
+        assert bytes_per_token(engine, 0.5, 10)[1] > needed
 
 
 class TestCorrectness:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from teal import cli
 from teal.errors import TealError
+from teal.ops import native
 from teal.plan import SparsityPlan
 from teal.statistics import ActivationStatistics
 
@@ -340,6 +341,16 @@ class TestPipeline:
         findings = json.loads(teal("doctor", "--json", "-").out)
         assert set(findings) == {"versions", "processor", "GPUs", "backends"}
         assert "WRONG" not in json.dumps(findings)
+
+    def test_doctor_without_the_native_library(
+        self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(native, "find", lambda: None)
+        backends = json.loads(teal("doctor", "--json", "-").out)["backends"]
+        for layout in ("cpu", "cpu_int8", "cpu_int4"):
+            assert backends[layout] == "works (zeroes inputs, reads every weight)"
+        assert "pip install --no-cache-dir --force-reinstall --no-deps" in backends["native CPU kernels"]
 
     @pytest.mark.filterwarnings("always::UserWarning")
     @pytest.mark.parametrize("family", ["gemma2", "phi3"])

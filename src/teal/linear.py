@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from teal.errors import TealError
-from teal.ops.layouts import restore
+from teal.ops.layouts import LAYOUTS, restore
 from teal.ops.packed import PackedWeight
 from teal.ops.reference import first_sparse_token
 from teal.ops.sparse_gemv import pack, sparse_gemv, sparse_linear
@@ -31,11 +31,12 @@ class SparseLinear(nn.Module):
     def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("threshold", torch.full((), -1.0), persistent=False)
+        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32), persistent=False)
         self.register_buffer("sparse_bias", None, persistent=False)
         self.dense_tokens = -1
         self.observer: Callable[[Tensor], None] | None = None  # called with the inputs of sparse tokens
         self.always_dense = False  # decode through the dense product, to measure against it
+        self.revision = 0  # counts the casts and moves, after which addresses of tensors are others
         self._set_weight(weight if isinstance(weight, PackedWeight) else pack(weight.detach()))
         self.threshold = self.threshold.to(self.packed.storage[0].device)
 
@@ -106,7 +107,16 @@ class SparseLinear(nn.Module):
     @torch.inference_mode(False)
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
         threshold, sparse_bias = self.threshold, self.sparse_bias
+        fixed = {self._storage_names[index]: dtype for index, dtype in LAYOUTS[self._layout].fixed_dtypes.items()}
+        before = {name: getattr(self, name).data for name in fixed}
         super()._apply(fn, recurse)
+        self.revision += 1
+        for name, dtype in fixed.items():  # a cast is of the activations: it would take the scales' precision
+            stored = getattr(self, name)
+            if stored.dtype != dtype:
+                stored.data = before[name].to(stored.device)
+        for name, tensor in zip(self._storage_names, self.packed.after_cast().storage, strict=True):
+            getattr(self, name).data = tensor.data
         # By value: a cast would move thresholds across activations, `to_empty` would leave garbage.
         self.threshold = _moved(threshold, self.threshold.device, torch.float32, -1.0)
         if sparse_bias is not None and self.sparse_bias is not None:

@@ -1,13 +1,18 @@
 """The native decode step: the reference's result, the same bits on any number of threads, and when it steps aside."""
 
+import threading
+
 import pytest
 import torch
 from engine_models import VARIANTS, random_model
 from helpers import random_tokens, tiny_plan
 
 from teal.engine import load_engine
+from teal.engine.cache import BlockCache, KVCache
 from teal.engine.cpu_step import CpuDecodeStep
-from teal.engine.decode_step import reference_decode_step
+from teal.engine.decode_step import TokenPosition, reference_decode_step
+from teal.engine.generate import DecodeState, decode_tokens
+from teal.errors import TealError
 from teal.linear import always_dense
 from teal.ops import native
 from teal.sparse_model import set_sparsity
@@ -68,8 +73,6 @@ def test_the_same_bits_on_any_number_of_threads(checkpoint):
 
 
 def position_at(engine, index):
-    from teal.engine.decode_step import TokenPosition
-
     at = torch.tensor([index])
     return TokenPosition(at, engine.cos[at], engine.sin[at])
 
@@ -112,3 +115,96 @@ def test_nan_spreads_and_does_not_crash(checkpoint):
     hidden = torch.full((1, engine.config.hidden_size), float("nan"))
     out = engine.decode_step(engine.blocks, hidden, engine.new_cache(), position_at(engine, 5))
     assert out.isnan().all()
+
+
+def test_threads_share_an_engine(checkpoint):
+    engine = load_engine(checkpoint("llama-linear"), plan=tiny_plan(random_model("llama-linear")), level=0.5)
+    prompts = ([1, 2, 3], [4, 5, 6, 7])
+
+    def decode(prompt):
+        return list(decode_tokens(engine, prompt, 40, ignore_eos=True, state=DecodeState.of(engine)))
+
+    expected, results = [decode(prompt) for prompt in prompts], {}
+    workers = [threading.Thread(target=lambda i=i: results.update({i: decode(prompts[i % 2])})) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert results == {i: expected[i % 2] for i in range(8)}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_casts_of_an_engine(target, quantization, checkpoint):
+    name = "llama-llama3-biases-untied"
+    engine = load_engine(checkpoint(name), quantization=quantization)
+    before = logits(engine)
+    engine.to(target)
+    assert isinstance(engine.decode_step, CpuDecodeStep) == (target in native.ACTIVATIONS)
+    error, expected = (logits(engine) - before).norm(), (reference(engine) - before).norm()
+    assert error < 1.5 * expected + 1e-3 * before.norm()
+    engine.float()
+    assert isinstance(engine.decode_step, CpuDecodeStep)
+    if target == torch.float64:
+        assert torch.equal(logits(engine), before)
+
+
+def test_a_cast_of_a_part_of_an_engine(checkpoint):
+    engine = load_engine(checkpoint("llama-linear"))
+    engine.blocks[1].mlp.half()
+    with pytest.raises(TealError, match="cast the whole engine"):
+        run_step(engine)
+
+
+def run_step(engine, rows=1, cache=None, hidden=None, index=None, **changes):
+    """One step with arguments that fit, but for those given."""
+    index = torch.full((rows,), 5) if index is None else index
+    hidden = torch.ones(rows, engine.config.hidden_size, dtype=engine.dtype) if hidden is None else hidden
+    tables = torch.ones(rows, engine.config.head_dim, dtype=engine.dtype)
+    position = TokenPosition(index, tables, tables)._replace(**changes)
+    return engine.decode_step(engine.blocks, hidden, engine.new_cache(rows) if cache is None else cache, position)
+
+
+@pytest.mark.parametrize("index", [16, 40, 10**9, -1])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_a_position_outside_the_cache(index, rows, checkpoint):
+    engine = load_engine(checkpoint("llama-linear"))
+    cache, positions = engine.new_cache(rows, 16), torch.full((rows,), 15)
+    run_step(engine, rows, cache, index=positions.clone())
+    before = cache.blocks[0].keys.clone()
+    positions[-1] = index
+    with pytest.raises(TealError, match="do not fit into a KV cache of 16 positions"):
+        run_step(engine, rows, cache, index=positions)
+    assert torch.equal(cache.blocks[0].keys, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda engine: {"cache": half_cache(engine)}, "KV cache is not for this model"),
+        (lambda engine: {"cache": KVCache(engine.new_cache(2).blocks[:1], 16)}, "KV cache is not for this model"),
+        (lambda engine: {"cache": KVCache((), 16)}, "KV cache is not for this model"),
+        (lambda engine: {"cache": spread(engine.new_cache(2))}, "KV cache is not for this model"),
+        (lambda engine: {"cache": engine.new_cache(1)}, "holds 1 sequences, the batch has 2"),
+        (lambda engine: {"index": torch.tensor([5])}, "position must be torch.int64 \\[2\\]"),
+        (lambda engine: {"index": torch.tensor([5, 5], dtype=torch.int32)}, "position must be torch.int64"),
+        (lambda engine: {"hidden": torch.ones(2, engine.config.hidden_size).half()}, "hidden state must be"),
+        (lambda engine: {"hidden": torch.ones(2, 3)}, "hidden state must be"),
+        (lambda engine: {"cos": torch.ones(1, engine.config.head_dim)}, "rotary cosine must be"),
+        (lambda engine: {"sin": torch.ones(2, engine.config.head_dim).half()}, "rotary sine must be"),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit(change, message, checkpoint):
+    engine = load_engine(checkpoint("llama-linear"))
+    with pytest.raises(TealError, match=message):
+        run_step(engine, 2, **change(engine))
+
+
+def half_cache(engine):
+    return KVCache.allocate(engine.config, 2, 16, torch.float16, engine.device)
+
+
+def spread(cache):
+    """The same cache with gaps between the numbers."""
+    blocks = [BlockCache(*(torch.zeros(*t.shape, 2)[..., 0] for t in block)) for block in cache.blocks]
+    return KVCache(tuple(blocks), cache.context)

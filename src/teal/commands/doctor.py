@@ -118,7 +118,7 @@ def _backends() -> dict[str, str]:
             same = torch.allclose(
                 packed.sparse_gemv(x, threshold, None), expected, atol=1e-4 if weight is wide else 0.1
             )
-            note = "reads only the kept channels" if layout.skips_channels else "zeroes inputs, reads every weight"
+            note = "reads only the kept channels" if packed.skips_channels else "zeroes inputs, reads every weight"
             found[name] = f"works ({note})" if same else "WRONG RESULT: please report this"
         except Exception as error:  # a diagnosis must not fail with what it diagnoses
             found[name] = f"fails: {error}"

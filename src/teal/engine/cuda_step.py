@@ -84,7 +84,7 @@ class CudaDecodeStep:
         self._token = (buffer(1, dtype=torch.int64), buffer(config.head_dim), buffer(config.head_dim))
         self._hidden, self._middle = buffer(hidden), buffer(hidden)
         self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
-        self._keep_all = torch.full((), -1.0, device=device)
+        self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
         self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
         self._project_o = Projection(query, (hidden,), dtype)
         self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")

@@ -1,11 +1,14 @@
 """DecoderModel: a model of a supported family: dense prefill, sparse decode, over a static cache."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from teal.engine.block import DecoderBlock, RMSNorm, TakeTensor, scoped
 from teal.engine.cache import KVCache, check_holds
 from teal.engine.config import EngineConfig
+from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.decode_step import TokenPosition, choose_decode_step
 from teal.errors import TealError
 from teal.linear import SparseHead
@@ -18,7 +21,8 @@ class DecoderModel(nn.Module):
 
     Its projections are SparseLinear and dense until a plan is applied (`teal.sparsify`, `set_sparsity`); its LM
     head is dense until `lm_head.set_sparsity`.
-    They are packed for the device their tensors are on, and the decode step is chosen for it: do not move it.
+    They are packed for the device their tensors are on, and the decode step is chosen for it: do not move it. A cast
+    on the CPU chooses the step again; caches made before it no longer fit.
     Raises TealError if `context` is more than the model was made for.
     """
 
@@ -46,6 +50,12 @@ class DecoderModel(nn.Module):
         self.register_buffer("cos", cos.to(embeddings), persistent=False)
         self.register_buffer("sin", sin.to(embeddings), persistent=False)
         self.decode_step = choose_decode_step(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DecoderModel":
+        super()._apply(fn, recurse)
+        if not isinstance(self.decode_step, CudaDecodeStep):  # whose buffers captured graphs read
+            self.decode_step = choose_decode_step(self)
+        return self
 
     @property
     def blocks(self) -> list[DecoderBlock]:

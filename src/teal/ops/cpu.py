@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal.errors import TealError
 from teal.ops import native
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.quantize import (
@@ -36,8 +37,16 @@ def tile_outputs(n: int, bits: int) -> int:
 class TiledWeight(PackedWeight):
     """What the formats share. The last of `storage` is an empty [N, 0]: it carries N and the dtype of activations."""
 
-    skips_channels = True
     bits: ClassVar[int]  # of one weight
+
+    @property
+    def skips_channels(self) -> bool:
+        return self._is_native
+
+    @property
+    def _is_native(self) -> bool:
+        """Whether the native library multiplies this weight, or PyTorch."""
+        return native.available() and self.storage[0].is_cpu and self.dtype in native.ACTIVATIONS
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,16 +83,23 @@ class TiledWeight(PackedWeight):
         """For the library; valid while `storage` is alive."""
 
     def _struct(self, code: int, scales: Tensor | None = None) -> native.Weight:
-        n, k = self.shape
+        (n, k), tiles = self.shape, self.storage[0]
+        if not all(tensor.is_contiguous() for tensor in self.storage):
+            raise TealError(f"the storage of a weight in layout {self.layout} must be contiguous")
+        if tiles.shape[0] * self.tile_outputs < n:
+            raise TealError(f"{tiles.shape[0]} tiles of {self.tile_outputs} outputs do not hold {n}")
+        for index, dtype in self.fixed_dtypes.items():
+            if self.storage[index].dtype != dtype:
+                raise TealError(f"storage {index} of layout {self.layout} is {self.storage[index].dtype}, not {dtype}")
         address = None if scales is None else scales.data_ptr()
-        return native.Weight(self.storage[0].data_ptr(), address, n, k, self.tile_outputs, code)
+        return native.Weight(tiles.data_ptr(), address, n, k, self.tile_outputs, code)
 
     def _empty(self, rows: int) -> Tensor:
         return torch.empty(rows, self.in_features, dtype=self.dtype, device=self.storage[0].device)
 
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         library = native.library()
-        if library is None or not x.is_cpu:
+        if library is None or not self._is_native:
             return F.linear(drop_small(x, threshold), self.unpack(), bias)
         y = x.new_empty(x.shape[0], self.out_features)
         if x.shape[0] == 0:
@@ -99,8 +115,8 @@ class TiledWeight(PackedWeight):
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if 0 < rows.shape[0] <= LITTLE_ROWS and native.available() and x.is_cpu:
-            keep_all = torch.full((), -1.0)
+        if 0 < rows.shape[0] <= LITTLE_ROWS and self._is_native:
+            keep_all = torch.full((), -1.0, dtype=torch.float32)
             y = torch.cat([self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)])
         else:
             y = self._matrix_product(rows, bias)
@@ -134,11 +150,17 @@ class CpuWeight(TiledWeight):
             tile[:, len(rows) :] = 0
         return cls((tiles.to(weight.device), weight.new_empty(n, 0)))
 
+    def after_cast(self) -> PackedWeight:
+        good = self.tile_outputs == tile_outputs(self.out_features, self.bits)
+        return self if good or self.storage[0].is_meta else self.pack(self.unpack())
+
     def _tile(self, index: int) -> Tensor:
         first = index * self.tile_outputs
         return self.storage[0][index, :, : self.out_features - first].t()
 
     def native_weight(self) -> native.Weight:
+        if self.storage[0].dtype != self.dtype:
+            raise TealError(f"the tiles are {self.storage[0].dtype}, the activations {self.dtype}")
         return self._struct(native.ACTIVATIONS[self.dtype])
 
 
@@ -146,6 +168,7 @@ class CpuInt8Weight(TiledWeight):
     """int8 with a scale per output: (tiles [ceil(N / T), K, T] int8, scales [N] float32, [N, 0])."""
 
     layout = "cpu_int8"
+    fixed_dtypes: ClassVar = {0: torch.int8, 1: torch.float32}
     bits = 8
 
     @classmethod
@@ -153,7 +176,7 @@ class CpuInt8Weight(TiledWeight):
         n, k = weight.shape
         size = tile_outputs(n, 8)
         tiles = native.new_tensor((-(-n // size), k, size), torch.int8)
-        scales = torch.empty(n)
+        scales = torch.empty(n, dtype=torch.float32)
         for index, rows in enumerate(weight.split(size)):
             integers, scales[index * size : index * size + len(rows)] = quantize_int8(rows)
             tiles[index, :, : len(rows)] = integers.t()
@@ -176,6 +199,7 @@ class CpuInt4Weight(TiledWeight):
     """
 
     layout = "cpu_int4"
+    fixed_dtypes: ClassVar = {0: torch.uint8, 1: torch.bfloat16}
     bits = 4
 
     @classmethod

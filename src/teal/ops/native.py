@@ -21,6 +21,8 @@ ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
 NAMES = ("libteal_cpu.so", "libteal_cpu.dylib", "teal_cpu.dll")
 ENVIRONMENT = "TEAL_CPU"  # an instruction set to force, or "none" to do without the library
+# pip would install the wheel that it has built before
+REINSTALL = "reinstall: pip install --no-cache-dir --force-reinstall --no-deps teal-llm"
 
 
 class Weight(ctypes.Structure):
@@ -72,18 +74,20 @@ _SIGNATURES = {
 def library() -> ctypes.CDLL | None:
     """The library with the instruction set that TEAL_CPU asks for, or None if there is none or TEAL_CPU=none.
 
-    Raises TealError for an instruction set that the library or the processor does not have.
+    Raises TealError for a library of another version, and for an instruction set that the library or the processor
+    does not have.
     """
     asked = os.environ.get(ENVIRONMENT)
     path = None if asked == "none" else find()
     if path is None:
         return None
     loaded = ctypes.CDLL(str(path))
+    interface = loaded.teal_interface() if hasattr(loaded, "teal_interface") else None
+    if interface != INTERFACE:  # before any other function, which may not be there
+        raise TealError(f"{path} has interface {interface}, this version needs {INTERFACE}; {REINSTALL}")
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    if loaded.teal_interface() != INTERFACE:
-        raise TealError(f"{path} has interface {loaded.teal_interface()}, this version needs {INTERFACE}; reinstall")
     if asked and loaded.teal_choose_instruction_set(asked.encode()):
         has = loaded.teal_instruction_sets().decode().replace(" ", ", ")
         raise TealError(f"{ENVIRONMENT}={asked!r} does not run here; choose from {has}, none")
@@ -112,7 +116,7 @@ def describe() -> str:
     if native is None:
         return (
             "not built, PyTorch serves: decoding is not faster; install a C++17 compiler (gcc or clang), "
-            "then reinstall teal-llm"
+            f"then {REINSTALL}"
         )
     chosen, all_sets = native.teal_chosen_instruction_set().decode(), native.teal_instruction_sets().decode()
     threads, expected = native.teal_threads(), torch.get_num_threads()
@@ -129,7 +133,11 @@ def check(status: int) -> None:
 
 
 def projection(weight: Weight, threshold: Tensor, bias: Tensor | None, sparse_bias: Tensor | None = None) -> Projection:
-    """A projection of these tensors, all contiguous, which the caller keeps alive."""
+    """A projection of these tensors, which the caller keeps alive. Raises TealError unless they are contiguous."""
+    if threshold.dtype != torch.float32:
+        raise TealError(f"threshold must be float32, got {threshold.dtype}")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (threshold, bias, sparse_bias)):
+        raise TealError("threshold and biases must be contiguous")
     return Projection(
         weight,
         threshold.data_ptr(),

@@ -5,7 +5,7 @@ densely (prefill). Kernels arrive as further layouts; nothing outside a layout i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class PackedWeight(ABC):
     """
 
     layout: ClassVar[str]
-    skips_channels: ClassVar[bool]  # whether a dropped channel's bytes are really not read
+    fixed_dtypes: ClassVar[Mapping[int, torch.dtype]] = {}  # of those in `storage` that casts must leave alone
 
     def __init__(self, storage: Sequence[Tensor]) -> None:
         self.storage = tuple(storage)
@@ -49,6 +49,10 @@ class PackedWeight(ABC):
         """The first `count` rows of `unpack()`."""
         return self.unpack()[:count]
 
+    def after_cast(self) -> "PackedWeight":
+        """For storage whose dtypes a module's cast has changed: the weight as this layout packs it."""
+        return self
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
@@ -61,6 +65,11 @@ class PackedWeight(ABC):
     @abstractmethod
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] -> x W^T + bias [..., N]."""
+
+    @property
+    @abstractmethod
+    def skips_channels(self) -> bool:
+        """Whether a dropped channel's bytes are really not read, here and now."""
 
     @property
     def out_features(self) -> int:
@@ -86,7 +95,6 @@ class RowMajorWeight(PackedWeight):
     and the framework's dense product does the rest. It serves every device and dtype."""
 
     layout = "row_major"
-    skips_channels = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "RowMajorWeight":
@@ -94,6 +102,10 @@ class RowMajorWeight(PackedWeight):
 
     def unpack(self) -> Tensor:
         return self.storage[0]
+
+    @property
+    def skips_channels(self) -> bool:
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,7 +123,6 @@ class ChannelMajorWeight(PackedWeight):
     """[K, N]: the weights of one input channel are contiguous, so a dropped channel is really not read."""
 
     layout = "channel_major"
-    skips_channels = True
 
     @classmethod
     def pack(cls, weight: Tensor) -> "ChannelMajorWeight":
@@ -119,6 +130,10 @@ class ChannelMajorWeight(PackedWeight):
 
     def unpack(self) -> Tensor:
         return self.storage[0].t()
+
+    @property
+    def skips_channels(self) -> bool:
+        return True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -16,7 +16,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> integers [N, K] int8 in -7 ... 7 and scales [N, ceil(K / 128)] in bfloat16."""
     n, k = weight.shape
-    wide = torch.zeros(n, -(-k // GROUP) * GROUP)
+    wide = torch.zeros(n, -(-k // GROUP) * GROUP, dtype=torch.float32)
     wide[:, :k] = weight
     grouped = wide.view(n, -1, GROUP)
     scales = (grouped.abs().amax(dim=2) / 7).bfloat16()
