@@ -23,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from teal.blockwalk import BlockSource
 from teal.ops.reference import drop_small
 from teal.plan import DENSE, ProjectionPlan, SparsityPlan
 from teal.structure import ModelIdentity, ModelStructure, Projection, identify
@@ -216,3 +217,20 @@ def shared_data(*parts: str) -> Path:
     if directory is None or not path.exists():
         pytest.skip(f"test data {'/'.join(parts)} is absent; set TEAL_TEST_DATA to its directory")
     return path
+
+
+class Interrupted(KeyboardInterrupt):
+    """Of a test."""
+
+
+def interrupted_after(source: BlockSource, blocks: int, monkeypatch: pytest.MonkeyPatch) -> BlockSource:
+    """`source`, which fails when block number `blocks` is asked for."""
+    block = source.block
+
+    def failing(index: int) -> Any:
+        if index == blocks:
+            raise Interrupted
+        return block(index)
+
+    monkeypatch.setattr(source, "block", failing)
+    return source

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, random_tokens, tiny_model
+from helpers import FAMILIES, interrupted_after, random_tokens, tiny_model
 from torch import Tensor, nn
 
 from teal.allocation import BlockError, GreedyConfig, allocate, greedy_trajectory
@@ -119,15 +119,7 @@ class TestBlockwise:
         self, finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = tiny_model()
-        whole, source = blockwise(model), BlockSource(model)
-        block = source.block
-
-        def failing(index: int) -> Any:
-            if index == finished:
-                raise KeyboardInterrupt
-            return block(index)
-
-        monkeypatch.setattr(source, "block", failing)
+        whole, source = blockwise(model), interrupted_after(BlockSource(model), finished, monkeypatch)
         options: Any = {"tokens": TOKENS, "levels": LEVELS, "greedy": COARSE, "spool": tmp_path}
         with pytest.raises(KeyboardInterrupt):
             allocate(statistics_of(model), "blockwise", model=source, **options)

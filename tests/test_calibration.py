@@ -14,12 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BEGIN, FAMILIES, byte_tokenizer, random_tokens, save_tiny, tiny_model
+from helpers import (
+    BEGIN,
+    FAMILIES,
+    Interrupted,
+    byte_tokenizer,
+    interrupted_after,
+    random_tokens,
+    save_tiny,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from teal.blockwalk import BlockSource, StreamedBlocks, discard_spool, open_blocks
+from teal.blockwalk import StreamedBlocks, discard_spool, open_blocks
 from teal.calibration import calibrate
 from teal.checkpoint import load_model
 from teal.cli import main
@@ -220,23 +229,6 @@ class TestDamagedWeights:
         model.save_pretrained(tmp_path)
         with pytest.raises(TealError, match="unknown architecture 'gpt2'"):
             calibrate(tmp_path, TOKENS)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupted_after(source: BlockSource, blocks: int, monkeypatch: pytest.MonkeyPatch) -> BlockSource:
-    """`source`, which fails when block number `blocks` is asked for."""
-    block = source.block
-
-    def failing(index: int) -> Any:
-        if index == blocks:
-            raise Interrupted
-        return block(index)
-
-    monkeypatch.setattr(source, "block", failing)
-    return source
 
 
 class TestSpool:

@@ -60,10 +60,7 @@ class Benchmark:
     details: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT, "version": VERSION, "bandwidth": self.bandwidth, "details": self.details,
-            "speeds": [vars(speed) for speed in self.speeds],
-        }  # fmt: skip
+        return speeds_to_json(FORMAT, VERSION, self.speeds, self.bandwidth, self.details)
 
     @classmethod
     def from_json(cls, payload: dict[str, Any], where: object) -> "Benchmark":
@@ -75,6 +72,16 @@ class Benchmark:
             return cls([LevelSpeed(**speed) for speed in payload["speeds"]], payload["bandwidth"], payload["details"])
         except TypeError as error:
             raise TealError(f"{where} is damaged ({error}); measure again") from error
+
+
+def speeds_to_json(
+    format_name: str, version: int, speeds: Sequence[Any], bandwidth: float, details: dict[str, Any]
+) -> dict[str, Any]:
+    """A result file's content: `speeds` are dataclasses, `bandwidth` is in bytes per second."""
+    return {
+        "format": format_name, "version": version, "bandwidth": bandwidth, "details": details,
+        "speeds": [vars(speed) for speed in speeds],
+    }  # fmt: skip
 
 
 def benchmark(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.benchmark import TOLERANCE, read_bandwidth
+from teal.benchmark import TOLERANCE, read_bandwidth, speeds_to_json
 from teal.errors import TealError
 from teal.ops import native, reference
 from teal.ops.cpu import TiledWeight
@@ -60,10 +60,7 @@ class KernelBenchmark:
     details: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT, "version": VERSION, "bandwidth": self.bandwidth, "details": self.details,
-            "speeds": [vars(speed) for speed in self.speeds],
-        }  # fmt: skip
+        return speeds_to_json(FORMAT, VERSION, self.speeds, self.bandwidth, self.details)
 
 
 def projection_shapes(structure: ModelStructure) -> dict[str, tuple[int, int]]:

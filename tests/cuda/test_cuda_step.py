@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teal.engine import cuda_step
 from teal.engine.config import EngineConfig
-from teal.engine.cuda_step import CudaDecodeStep, projections
+from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.engine.model import DecoderModel
 
@@ -106,7 +106,7 @@ def test_sparse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token has thresholds of its own, set in place, some per channel, some with a compensation."""
     engine = engine_of(name, HALF, monkeypatch)
     both = Both(engine)
-    layers = [layer for block in engine.blocks for layer in projections(block)]
+    layers = [layer for block in engine.blocks for layer in block.projections]
 
     def observe(index: int) -> Callable[[Tensor], None]:
         layer = layers[index]
@@ -136,10 +136,12 @@ def test_launches_are_kept_while_thresholds_change_in_place(monkeypatch: pytest.
     both = Both(engine)
     both.token(PROMPT)
     layer = engine.blocks[0].mlp.down_proj
+    revision = both.step.refresh(engine.blocks, both.view)
     layer.set_threshold(0.0)
-    assert not both.step.refresh(engine.blocks, both.view)
+    assert both.step.refresh(engine.blocks, both.view) == revision
     layer.set_threshold(torch.zeros(layer.in_features))
-    assert both.step.refresh(engine.blocks, both.view)
+    assert both.step.refresh(engine.blocks, both.view) == revision + 1
+    assert both.step.refresh(engine.blocks, both.view) == revision + 1  # for whoever else captured the old ones
     layer.always_dense = True
     both.token(PROMPT + 1)
 

@@ -125,6 +125,15 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(take("post_attention_layernorm.weight", shape), eps)
         self.mlp = MLP(config, scoped(take, "mlp."))
 
+    @property
+    def projections(self) -> tuple[SparseLinear, ...]:
+        """All seven, in the order of use: q, k, v, o, gate, up, down."""
+        attention, mlp = self.self_attn, self.mlp
+        return (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+        )  # fmt: skip
+
     def forward(self, hidden: Tensor, cache: BlockCache, cos: Tensor, sin: Tensor, start: int) -> Tensor:
         """hidden [B, T, d] at positions start ... start + T - 1 -> [B, T, d]; writes keys and values."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cache, cos, sin, start)

@@ -24,6 +24,7 @@ class CapturedToken:
         self._engine, self._cache, self._buffers, self._run = engine, cache, buffers, run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
+        self._revision = 0  # of the step's launches in the graph; they count from 1
 
     @staticmethod
     def serves(engine: DecoderModel, batch: int) -> bool:
@@ -35,11 +36,12 @@ class CapturedToken:
         """Run the token; the next call overwrites what `run` returned. Nothing waits for the host."""
         step = self._engine.decode_step
         assert isinstance(step, CudaDecodeStep)
-        changed = step.refresh(self._engine.blocks, self._cache)
+        revision = step.refresh(self._engine.blocks, self._cache)
         if step.observed:
             return self._run()
-        if changed or self._graph is None:
+        if revision != self._revision:
             self._capture()
+            self._revision = revision
         assert self._graph is not None
         assert self._result is not None
         self._graph.replay()

@@ -17,12 +17,13 @@ from teal.ops.cpu import TiledWeight
 from teal.ops.packed import MAX_SPARSE_ROWS
 
 _KEEP_ALL = torch.full((), -1.0, dtype=torch.float32)
+_PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # of native.Block, in the block's order
 _Addresses = tuple[ctypes.Array[ctypes.c_void_p], ...]
 
 
 def serves(blocks: Sequence[DecoderBlock], dtype: torch.dtype) -> bool:
     """Whether the native library can run these blocks."""
-    weights = [layer.packed for block in blocks for layer in _projections(block).values()]
+    weights = [layer.packed for block in blocks for layer in block.projections]
     return (
         native.available()
         and dtype in native.ACTIVATIONS
@@ -41,14 +42,12 @@ class CpuDecodeStep:
     def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
         self.blocks = list(blocks)
         self.dtype = self.blocks[0].input_layernorm.weight.dtype
-        self.layers = [
-            _PreparedLayer(layer, self.dtype) for block in self.blocks for layer in _projections(block).values()
-        ]
+        self.layers = [_PreparedLayer(layer, self.dtype) for block in self.blocks for layer in block.projections]
         self.native_blocks = (native.Block * len(self.blocks))()
         layers = iter(self.layers)
         for native_block, block in zip(self.native_blocks, self.blocks, strict=True):
             _fill_block(native_block, block)
-            for name in _projections(block):
+            for name in _PROJECTIONS:
                 next(layers).target = getattr(native_block, name)
         self.phase_seconds: ctypes.Array[ctypes.c_double] | None = None  # set it to measure where time goes
         self._turn = threading.Lock()  # whoever has it may change what the native call reads
@@ -170,15 +169,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
             f"the {name} must be {dtype} {list(shape)} on the CPU, "
             f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
-
-
-def _projections(block: DecoderBlock) -> dict[str, SparseLinear]:
-    """By the names of `native.Block`."""
-    attention, mlp = block.self_attn, block.mlp
-    return {
-        "query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "output": attention.o_proj,
-        "gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj,
-    }  # fmt: skip
 
 
 def _fill_block(target: native.Block, block: DecoderBlock) -> None:

@@ -43,7 +43,7 @@ class _AttentionArguments(ctypes.Structure):
 
 def serves(model: "DecoderModel") -> bool:
     """Whether this step can run the model where it is: its weights are packed for it and its shapes fit."""
-    layers = (layer for block in model.blocks for layer in projections(block))
+    layers = (layer for block in model.blocks for layer in block.projections)
     return (
         model.device.type == "cuda"
         and refusal(model.config, model.dtype) is None
@@ -97,6 +97,7 @@ class CudaDecodeStep:
             "attention.cu", "attention", attention_macros(config, dtype, self._shares), attention_shared_bytes(config)
         )
         self.observed = False
+        self._revision = 0
         self._tensors: list[Any] = []
         self._launches: list[nvrtc.Launch] = []
 
@@ -116,23 +117,25 @@ class CudaDecodeStep:
             launch.start(stream)
         return self._hidden.clone()[None]
 
-    def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> bool:
-        """Prepare the launches anew if tensors were replaced since; returns whether they were.
+    def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
+        """Prepare the launches anew if tensors were replaced since; returns how often that was: what was captured
+        at another number is stale.
 
         `observed` then tells whether someone watches a projection's inputs, which only the reference's step shows.
         """
-        layers = [layer for block in blocks for layer in projections(block)]
+        layers = [layer for block in blocks for layer in block.projections]
         self.observed = any(layer.observer is not None for layer in layers)
         tensors = [*(setting for layer in layers for setting in _settings(layer)), *cache.blocks]
         if len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True)):
-            return False
+            return self._revision
         self._tensors = tensors
         self._launches = [
             launch
             for index, (block, block_cache) in enumerate(zip(blocks, cache.blocks, strict=True))
             for launch in self._block_launches(block, block_cache, first=index == 0)
         ]
-        return True
+        self._revision += 1
+        return self._revision
 
     def _block_launches(self, block: DecoderBlock, cache: BlockCache, first: bool) -> list[nvrtc.Launch]:
         attention, mlp, eps = block.self_attn, block.mlp, self._config.rms_norm_eps
@@ -177,15 +180,6 @@ class CudaDecodeStep:
         arguments.eps = self._config.rms_norm_eps
         grid = self._config.kv_heads * self._shares
         return self._attention.prepared(grid, ATTENTION_THREADS, arguments, dependent=True)
-
-
-def projections(block: DecoderBlock) -> tuple[SparseLinear, ...]:
-    """All seven, in the order of use."""
-    attention, mlp = block.self_attn, block.mlp
-    return (
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-    )  # fmt: skip
 
 
 def _settings(layer: SparseLinear) -> tuple[Any, ...]:
