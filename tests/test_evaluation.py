@@ -119,6 +119,17 @@ class TestAgainstPlainCode:
         found = run(model, plan).measurements[0]
         assert (found.perplexity, found.kl) == pytest.approx((expected.perplexity, expected.kl))
 
+    @pytest.mark.parametrize("batch", [2, 3, 100])
+    def test_how_many_sequences_are_evaluated_at_once_changes_nothing(self, batch: int) -> None:
+        model = tiny_model()
+        plan = random_plan(identify(model), vectors=True)
+        alone, together = run(model, plan), run(tiny_model(), plan, batch=batch)
+        for one, other in zip(alone.measurements, together.measurements, strict=True):
+            assert one.nll == pytest.approx(other.nll, abs=1e-6)
+            assert one.kl == pytest.approx(other.kl, abs=1e-6)
+            assert one.projections == other.projections
+        assert together.rule == alone.rule
+
 
 class TestDense:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,6 +211,11 @@ class TestRefused:
         model = tiny_model()
         with pytest.raises(UsageError, match="dense_tokens must be between 0 and 18 for sequences of 20 tokens"):
             run(model, tiny_plan(model), dense_tokens=dense_tokens)
+
+    def test_no_sequence_at_a_time(self) -> None:
+        model = tiny_model()
+        with pytest.raises(UsageError, match="at least 1 sequence must be evaluated at a time, got 0"):
+            run(model, tiny_plan(model), batch=0)
 
     def test_no_plan(self) -> None:
         with pytest.raises(UsageError, match="there is no plan to evaluate"):

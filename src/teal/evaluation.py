@@ -106,11 +106,12 @@ def evaluate(
     levels: Sequence[float] = (0.25, 0.4, 0.5, 0.65),
     *,
     dense_tokens: int = DENSE_TOKENS,
+    batch: int = 1,
     quantization: str | None = None,
     strict: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
-    """Measure each plan at each level on tokens [B, L], every sequence dense and sparse in turn.
+    """Measure each plan at each level on tokens [B, L], `batch` sequences at a time, dense and sparse in turn.
 
     The rule: in each sequence the first `dense_tokens` positions are dense, all others are computed as if
     decoded, with thresholds applied; the predictions made at those sparse positions count, and only those.
@@ -122,6 +123,8 @@ def evaluate(
     ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
     check_tokens(ids, model)
+    if batch < 1:
+        raise UsageError(f"at least 1 sequence must be evaluated at a time, got {batch}")
     _check_request(ids, plans, levels, dense_tokens)
     identity = _make_sparse(model, list(plans.values()), quantization, strict)
     runs = [
@@ -131,8 +134,9 @@ def evaluate(
     ]
     dense = _Scores()
     with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model):
-        for row in track(ids, "evaluating sequences", len(ids), show_progress):
-            _score(model, row.to(next(model.parameters()).device), dense_tokens, dense, runs)
+        batches = ids.split(batch)
+        for rows in track(batches, "evaluating sequences", len(batches), show_progress):
+            _score(model, rows.to(next(model.parameters()).device), dense_tokens, dense, runs)
     perplexity, error = dense.perplexity()
     measurements = [_measure(run, dense) for run in runs]
     details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
@@ -179,9 +183,9 @@ def _rule(model: nn.Module, ids: Tensor, dense_tokens: int) -> dict[str, Any]:
     }
 
 
-def _logits(model: nn.Module, row: Tensor, dense_tokens: int) -> Tensor:
-    """Logits [L - 1 - dense_tokens, V] of the counted positions."""
-    logits = model(input_ids=row[None, :-1], use_cache=False).logits[0, dense_tokens:]
+def _logits(model: nn.Module, rows: Tensor, dense_tokens: int) -> Tensor:
+    """Logits [B, L - 1 - dense_tokens, V] of the counted positions of sequences [B, L]."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits[:, dense_tokens:]
     if not torch.isfinite(logits).all():
         raise TealError("the model's logits are NaN or infinite; load it in bfloat16 or float32, or check the weights")
     return logits
@@ -196,16 +200,17 @@ class _Scores:
         self.top1: list[float] = []
 
     def add(self, sparse: Tensor, dense: Tensor, targets: Tensor) -> None:
-        nll = kl = agree = 0.0
-        for start in range(0, len(targets), LOGIT_ROWS):
-            rows = slice(start, start + LOGIT_ROWS)
-            log_p, log_q = sparse[rows].float().log_softmax(-1), dense[rows].float().log_softmax(-1)
-            nll += F.nll_loss(log_p, targets[rows], reduction="sum").item()
-            kl += F.kl_div(log_p, log_q, reduction="sum", log_target=True).item()
-            agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-        self.nll.append(nll / len(targets))
-        self.kl.append(kl / len(targets))
-        self.top1.append(agree / len(targets))
+        """Logits [B, T, V] of both models and the tokens [B, T] that followed."""
+        found = []
+        pieces = (x.flatten(0, 1).split(LOGIT_ROWS) for x in (sparse, dense, targets))
+        for sparse_rows, dense_rows, target_rows in zip(*pieces, strict=True):
+            log_p, log_q = sparse_rows.float().log_softmax(-1), dense_rows.float().log_softmax(-1)
+            nll = F.nll_loss(log_p, target_rows, reduction="none")
+            kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+            found.append(torch.stack([nll, kl, (log_p.argmax(-1) == log_q.argmax(-1)).float()]))
+        means = torch.cat(found, dim=1).view(3, *targets.shape).double().mean(-1).tolist()
+        for scores, values in zip((self.nll, self.kl, self.top1), means, strict=True):
+            scores.extend(values)
 
     def perplexity(self) -> tuple[float, float]:
         mean, error = mean_and_error(self.nll)
@@ -223,16 +228,16 @@ class _Run:
     meter: SparsityMeter
 
 
-def _score(model: nn.Module, row: Tensor, dense_tokens: int, dense: _Scores, runs: Sequence[_Run]) -> None:
-    """One sequence [L], dense and then at every run's level, each scored against the dense logits."""
-    targets = row[dense_tokens + 1 :]
+def _score(model: nn.Module, rows: Tensor, dense_tokens: int, dense: _Scores, runs: Sequence[_Run]) -> None:
+    """Sequences [B, L], dense and then at every run's level, each scored against the dense logits."""
+    targets = rows[:, dense_tokens + 1 :]
     apply_plan(model, plan_of(model), 0.0)
-    expected = _logits(model, row, dense_tokens)
+    expected = _logits(model, rows, dense_tokens)
     dense.add(expected, expected, targets)
     for run in runs:
         apply_plan(model, run.plan, run.level)
         with run.meter.measuring():
-            found = _logits(model, row, dense_tokens)
+            found = _logits(model, rows, dense_tokens)
         run.scores.add(found, expected, targets)
 
 

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=common.positive, help="tokens in a sequence (default: the context, at most 2048)"
     )
     parser.add_argument("--dense-tokens", type=common.natural, help="dense positions of each sequence (default: 8)")
+    parser.add_argument(
+        "--batch", type=common.positive, default=1, help="sequences at a time; a GPU wants many (default: 1)"
+    )
     common.add_dtype(parser)
     common.add_weights(parser)
     common.add_device(parser)
@@ -65,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         plans,
         arguments.levels,
         dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        batch=arguments.batch,
         quantization=arguments.weights,
         strict=arguments.strict,
         show_progress=True,
