@@ -139,7 +139,7 @@ def tiny_plan(model: nn.Module, levels: tuple[float, ...] = LEVELS, seed: int = 
 def random_plan(
     identity: ModelIdentity, levels: tuple[float, ...] = LEVELS, *, vectors: bool = False, seed: int = 0
 ) -> SparsityPlan:
-    """A plan with rising random thresholds for any shapes; with `vectors` also scales and compensations."""
+    """A plan with rising random thresholds for any shapes; with `vectors` one per channel, and compensations."""
     generator = torch.Generator().manual_seed(seed)
 
     def plan(n: int, k: int) -> ProjectionPlan:
@@ -147,8 +147,8 @@ def random_plan(
         thresholds = tuple(value if level else DENSE for level, value in zip(levels, rising, strict=True))
         if not vectors:
             return ProjectionPlan(levels, thresholds)
-        scale = torch.rand(k, generator=generator) + 0.5
-        return ProjectionPlan(levels, thresholds, scale, torch.randn(len(levels), n, generator=generator))
+        channels = torch.tensor(thresholds)[:, None] / (torch.rand(k, generator=generator) + 0.5)
+        return ProjectionPlan(levels, channels, torch.randn(len(levels), n, generator=generator))
 
     blocks = tuple({name: plan(n, k) for name, (n, k) in block.items()} for block in identity.shapes)
     return SparsityPlan(identity, "weighted" if vectors else "uniform", levels, blocks)

@@ -1,5 +1,6 @@
 """Allocation: uniform, and block-wise greedy against a plain exhaustive one on tiny models."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,13 +12,15 @@ import torch
 from helpers import FAMILIES, interrupted_after, random_tokens, tiny_model
 from torch import Tensor, nn
 
-from teal.allocation import BlockError, GreedyConfig, allocate, greedy_trajectory
+from teal.allocation import allocate
 from teal.blockwalk import BlockSource, open_blocks
+from teal.blockwise_allocation import BlockError, GreedyConfig, greedy_trajectory
 from teal.calibration import calibrate
 from teal.data import TokenBlocks
 from teal.errors import TealError, UsageError
 from teal.ops.reference import drop_small
 from teal.plan import DENSE, level_grid
+from teal.scores import magnitude_thresholds
 from teal.statistics import ActivationStatistics, InputStatistics
 from teal.structure import INPUT_OF_PROJECTION, ModelStructure, Projection
 
@@ -34,6 +37,11 @@ def statistics_of(model: nn.Module, tokens: Tensor = TOKENS) -> ActivationStatis
 def blockwise(model: nn.Module, **options: Any) -> Any:
     options = {"levels": LEVELS, "greedy": COARSE, "tokens": TOKENS, **options}
     return allocate(statistics_of(model), "blockwise", model=model, **options)
+
+
+def thresholds_of(model: nn.Module) -> Callable[[str, float], float | Tensor]:
+    """Of the first block."""
+    return functools.partial(magnitude_thresholds(statistics_of(model)), 0)
 
 
 def leaf(name: str) -> str:
@@ -60,7 +68,9 @@ class TestUniform:
     def test_what_is_recorded(self) -> None:
         statistics = statistics_of(tiny_model())
         details = allocate(statistics).details
-        assert details == {"statistics": statistics.details, "dense_tokens": DENSE_TOKENS}
+        assert details == {
+            "score": "magnitude", "compensated": False, "statistics": statistics.details, "dense_tokens": DENSE_TOKENS,
+        }  # fmt: skip
 
 
 class TestBlockwise:
@@ -156,7 +166,7 @@ class TestRefused:
     @pytest.mark.parametrize("given", [(), ("model",), ("tokens",)], ids=["nothing", "model", "tokens"])
     def test_blockwise_without_model_or_tokens(self, given: tuple[str, ...]) -> None:
         available: dict[str, Any] = {"model": tiny_model(), "tokens": TOKENS}
-        with pytest.raises(UsageError, match="blockwise allocation runs the model: give it a model and tokens"):
+        with pytest.raises(UsageError, match="runs the model: give it a model and tokens"):
             allocate(statistics_of(tiny_model()), "blockwise", **{name: available[name] for name in given})
 
     def test_statistics_of_other_shapes(self) -> None:
@@ -240,11 +250,11 @@ class TestBlockError:
     def test_equals_a_plain_masked_forward(self, family: str) -> None:
         """In an order that meets and misses what is remembered."""
         model = tiny_model(family)
-        statistics = statistics_of(model).blocks[0]
+        statistics, thresholds = statistics_of(model).blocks[0], thresholds_of(model)
         block, projections, hidden, arguments = first_block(model)
         sparsity = {projection.name: 0.0 for projection in projections}
         order = [p.name for p in (*projections, *reversed(projections))]
-        with BlockError(block, projections, statistics, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
+        with BlockError(block, projections, thresholds, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
             found = [error(dict(sparsity))]
             states = [dict(sparsity)]
             for name, value in itertools.product(order, (0.3, 0.6, 0.3)):
@@ -257,14 +267,14 @@ class TestBlockError:
 
     def test_what_has_not_changed_is_not_computed_again(self) -> None:
         model = tiny_model()
-        statistics = statistics_of(model).blocks[0]
+        thresholds = thresholds_of(model)
         block, projections, hidden, arguments = first_block(model)
         calls: list[str] = []
         for projection in projections:
             module, name = block.get_submodule(projection.name), leaf(projection.name)
             module.forward = lambda x, name=name, product=module.forward: calls.append(name) or product(x)
         sparsity = {projection.name: 0.0 for projection in projections}
-        with BlockError(block, projections, statistics, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
+        with BlockError(block, projections, thresholds, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
             error(sparsity)
             calls.clear()
             for changed, computed in {
@@ -284,7 +294,7 @@ class TestBlockError:
         block, projections, hidden, arguments = first_block(model)
         with (
             pytest.raises(KeyboardInterrupt),
-            BlockError(block, projections, statistics_of(model).blocks[0], 0, hidden, arguments),
+            BlockError(block, projections, thresholds_of(model), 0, hidden, arguments),
         ):
             raise KeyboardInterrupt
         assert all("forward" not in vars(module) for module in model.modules())
@@ -339,10 +349,10 @@ class TestGreedyTrajectory:
     def test_lazy_does_as_well_as_exhaustive_on_a_tiny_model(self, seed: int) -> None:
         """With random weights and few tokens some increases shrink along the path, and the two may part."""
         model = tiny_model(seed=seed)
-        statistics = statistics_of(model).blocks[0]
+        thresholds = thresholds_of(model)
         block, projections, hidden, arguments = first_block(model)
         config = GreedyConfig(step=0.02)
-        with BlockError(block, projections, statistics, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
+        with BlockError(block, projections, thresholds, DENSE_TOKENS, hidden, arguments) as error, torch.no_grad():
             lazy = greedy_trajectory(projections, error, LEVELS, config)
             exhaustive = exhaustive_trajectory(projections, error, LEVELS, config)
             assert lazy[1] == pytest.approx(exhaustive[1])

@@ -85,29 +85,21 @@ class TestSettings:
             plan.settings(level)
         assert one(plan, 0).threshold == DENSE
 
-    def test_channel_scale_becomes_a_threshold_per_channel(self) -> None:
+    def test_a_threshold_per_channel(self) -> None:
         identity = ModelIdentity("tiny", ({name: (2, 3) for name in SHAPES},))
-        scale, compensation = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-        projection = ProjectionPlan((0.0, 0.5), (DENSE, 0.5), scale, compensation)
+        threshold = torch.tensor([[DENSE, DENSE, 0.2], [0.5, DENSE, 0.6]])
+        compensation = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+        projection = ProjectionPlan((0.0, 0.5), threshold, compensation)
         plan = SparsityPlan(identity, "weighted", (0.0, 0.5), ({name: projection for name in SHAPES},))
         setting = plan.settings(0.5)[0]["mlp.down_proj"]
-        assert setting.threshold.tolist() == [
-            0.5,
-            0.25,
-            float("inf"),
-        ]  # a channel without weight never counts
+        assert torch.equal(setting.threshold, threshold[1])
         assert setting.compensation.tolist() == [1.0, 2.0]
         dense = plan.settings(0)[0]["mlp.down_proj"]
         assert dense.threshold.tolist() == [DENSE] * 3  # of one shape at every level
         assert dense.compensation.tolist() == [0.0, 0.0]
-        assert plan.settings(0.25)[0]["mlp.down_proj"].compensation.tolist() == [0.5, 1.0]
-
-    def test_channel_scale_at_threshold_zero(self) -> None:
-        scale = torch.tensor([1.0, 0.0, 2.0, 1.0])
-        blocks = ({name: ProjectionPlan((0.1,), (0.0,), scale if k == 4 else None) for name, (_, k) in SHAPES.items()},)
-        plan = SparsityPlan(replace(IDENTITY, shapes=(SHAPES,)), "weighted", (0.5,), blocks)
-        threshold = plan.settings(0.5)[0]["self_attn.o_proj"].threshold
-        assert threshold.tolist() == [0.0, float("inf"), 0.0, 0.0]
+        between = plan.settings(0.25)[0]["mlp.down_proj"]
+        assert between.threshold.tolist() == pytest.approx([0.25, DENSE, 0.4])  # the first rises from 0
+        assert between.compensation.tolist() == [0.5, 1.0]
 
 
 class TestFiles:
@@ -213,19 +205,19 @@ class TestDamagedFiles:
         shapes = {name: (n, k + 1) for name, (n, k) in SHAPES.items()}
         random_plan(ModelIdentity("tiny", (shapes, shapes)), vectors=True).save(tmp_path / "other.json")
         (tmp_path / "other.vectors.safetensors").replace(tmp_path / "plan.vectors.safetensors")
-        with pytest.raises(TealError, match=r"channel_scale of shape \(5,\), expected \(4,\)"):
+        with pytest.raises(TealError, match=r"threshold of shape \(4, 5\), expected \(4, 4\)"):
             SparsityPlan.load(path)
 
     def test_vectors_of_more_blocks(self, tmp_path: Path) -> None:
         path = self.save(tmp_path)
         random_plan(ModelIdentity("tiny", (SHAPES,) * 3), vectors=True).save(tmp_path / "other.json")
         (tmp_path / "other.vectors.safetensors").replace(tmp_path / "plan.vectors.safetensors")
-        with pytest.raises(TealError, match=r"2\.mlp\.down_proj\.channel_scale.* belong to no projection"):
+        with pytest.raises(TealError, match=r"2\.mlp\.down_proj\.threshold.* belong to no projection"):
             SparsityPlan.load(path)
 
-    @pytest.mark.parametrize("value", [float("nan"), -1.0])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_vectors_that_cannot_be(self, value: float) -> None:
-        scale = {"self_attn.o_proj": torch.full((4,), value)}
-        blocks = tuple({name: ProjectionPlan((0.5,), (0.1,), scale.get(name)) for name in SHAPES} for _ in range(2))
-        with pytest.raises(TealError, match=r"block 0 self_attn.o_proj has a .*channel_scale"):
+        threshold = {"self_attn.o_proj": torch.full((1, 4), value)}
+        blocks = tuple({name: ProjectionPlan((0.5,), threshold.get(name, (0.1,))) for name in SHAPES} for _ in range(2))
+        with pytest.raises(TealError, match=r"block 0 self_attn\.o_proj has a threshold that is NaN or infinite"):
             SparsityPlan(IDENTITY, "weighted", (0.5,), blocks)

@@ -1,274 +1,173 @@
-"""allocate: how sparse each projection is at each level, from statistics (and, for greedy, the model)."""
+"""allocate: how sparse each projection is at each level, what goes first there, and what makes up for it."""
 
-import itertools
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teal.blockwalk import BlockSource, Spool, open_blocks, replace_forward, run_block
-from teal.calibration import check_finite
+from teal.blockwalk import BlockSource, open_blocks
+from teal.blockwise_allocation import GreedyConfig, allocate_blockwise
+from teal.compensation import compensations, mean_shifts
 from teal.data import TokenBlocks, hash_tokens
-from teal.errors import TealError, UsageError
-from teal.ops.reference import drop_small
+from teal.errors import UsageError
+from teal.global_allocation import STRIDE, Choices, allocate_global
 from teal.plan import ProjectionPlan, SparsityPlan, check_level, level_grid
-from teal.progress import track
-from teal.statistics import ActivationStatistics, InputStatistics
-from teal.structure import INPUT_OF_PROJECTION, INPUTS, Projection
+from teal.scores import SCORES, Thresholds, magnitude_thresholds, norm_thresholds, sensitivity_thresholds
+from teal.sensitivity import SensitivityMeter
+from teal.statistics import ActivationStatistics
 
-METHODS = ("uniform", "blockwise")
-
-
-@dataclass(frozen=True)
-class GreedyConfig:
-    """The paper's Algorithm 1. Each step drops `step` of a block's weights; no projection passes `maximum`."""
-
-    step: float = 0.005
-    maximum: float = 0.95
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step <= 0.1:
-            raise UsageError(f"the greedy step must be above 0 and at most 0.1 of a block's weights, got {self.step}")
-        check_level(self.maximum)
+METHODS = ("uniform", "blockwise", "global")
 
 
 def allocate(
     statistics: ActivationStatistics,
     method: str = "uniform",
     *,
+    score: str | None = None,
+    compensate: bool | None = None,
     levels: Sequence[float] = level_grid(),
     model: nn.Module | str | Path | BlockSource | None = None,
     tokens: Tensor | TokenBlocks | None = None,
     greedy: GreedyConfig = GreedyConfig(),
+    stride: float = STRIDE,
+    batch: int = 1,
     spool: Path | None = None,
     show_progress: bool = False,
 ) -> SparsityPlan:
     """Make a plan out of statistics.
 
-    "uniform" gives every projection the same sparsity. "blockwise" is the paper's Algorithm 1: per block and
-    from zero, raise the projection whose increase costs the least L2 error of the block's output; it runs
-    `model` on `tokens` [B, L], block by block, and with a `spool` directory continues after an interruption.
-    Raises UsageError for an unknown method or missing inputs, TealError if model and statistics do not fit.
+    `method` says how sparse each projection is. "uniform": all alike. "blockwise": the paper's Algorithm 1, per block
+    and from zero, raise the projection whose increase costs the least L2 error of the block's output. "global": one
+    budget for the whole model, spent where it changes the model's output the least; its sensitivities are measured
+    anew whenever the level has risen by `stride`, on `batch` sequences at a time.
+    `score` says what goes first in a projection: "magnitude" of x, that times the "l2" or "l1" norm of the weights it
+    meets, or "sensitivity", what costs the model's output the least, with a threshold for every channel.
+    `compensate` adds a bias on sparse tokens that stands for what is dropped.
+    The defaults are "magnitude" without compensation, for "global" "sensitivity" with it.
+    All but uniform magnitudes run `model` on `tokens` [B, L]; with a `spool` directory blockwise and global continue
+    after an interruption.
+    Raises UsageError for unknown choices or missing inputs, TealError if model and statistics do not fit.
     """
     levels = tuple(check_level(level) for level in levels)
     if list(levels) != sorted(set(levels)) or not levels:
         raise UsageError(f"levels must rise strictly, got {', '.join(map(str, levels))}")
-    details: dict[str, Any] = {"statistics": statistics.details, "dense_tokens": statistics.dense_tokens}
-    if method == "uniform":
-        sparsities = [[dict.fromkeys(block, level) for level in levels] for block in statistics.identity.shapes]
-    elif method == "blockwise":
-        if model is None or tokens is None:
-            raise UsageError("blockwise allocation runs the model: give it a model and tokens")
-        source = model if isinstance(model, BlockSource) else open_blocks(model)
-        ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
-        sparsities, errors = _blockwise(statistics, levels, source, ids, greedy, spool, show_progress)
-        details |= {"greedy": vars(greedy), "block_error": errors}
-        details["text"] = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
-    else:
-        raise UsageError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    return make_plan(statistics, method, levels, sparsities, details)
-
-
-def make_plan(
-    statistics: ActivationStatistics,
-    method: str,
-    levels: Sequence[float],
-    sparsities: Sequence[Sequence[dict[str, float]]],
-    details: dict[str, Any],
-) -> SparsityPlan:
-    """A plan with `sparsities[block][level][projection]` and the thresholds that the statistics give for them."""
-    blocks = []
-    for entry, per_level in zip(statistics.blocks, sparsities, strict=True):
-        names = per_level[0]
-        inputs = {name: entry[INPUT_OF_PROJECTION[name.rpartition(".")[2]]] for name in names}
-        blocks.append(
-            {
-                name: ProjectionPlan(
-                    tuple(at_level[name] for at_level in per_level),
-                    tuple(inputs[name].threshold(at_level[name]) for at_level in per_level),
-                )
-                for name in names
-            }
-        )
-    return SparsityPlan(statistics.identity, method, tuple(levels), tuple(blocks), details)
-
-
-def _blockwise(
-    statistics: ActivationStatistics,
-    levels: tuple[float, ...],
-    source: BlockSource,
-    ids: Tensor,
-    greedy: GreedyConfig,
-    spool: Path | None,
-    show_progress: bool,
-) -> tuple[list[list[dict[str, float]]], list[dict[str, list[float]]]]:
-    """Sparsities [block][level][projection], and the block errors of greedy and uniform at each level."""
+    score = score or ("sensitivity" if method == "global" else "magnitude")
+    compensate = method == "global" if compensate is None else compensate
+    for kind, value, known in (("method", method, METHODS), ("score", score, SCORES)):
+        if value not in known:
+            raise UsageError(f"unknown {kind} {value!r}; choose from {', '.join(known)}")
+    details: dict[str, Any] = {
+        "score": score, "compensated": compensate, "statistics": statistics.details,
+        "dense_tokens": statistics.dense_tokens,
+    }  # fmt: skip
+    if method == "uniform" and score == "magnitude" and not compensate:
+        thresholds = magnitude_thresholds(statistics)
+        return _plan(statistics, method, levels, _uniform(statistics, levels), thresholds, details)
+    if model is None or tokens is None:
+        raise UsageError("all allocation but uniform, by magnitude, runs the model: give it a model and tokens")
+    ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+    details["text"] = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    source = model if isinstance(model, BlockSource) else open_blocks(model)
     statistics.identity.check_fits(source.identity, "the statistics")
     if ids.shape[1] <= statistics.dense_tokens:
         raise UsageError(
             f"blocks of {ids.shape[1]} tokens hold no sparse token after {statistics.dense_tokens} dense ones; "
             "give longer blocks"
         )
-    if max(levels) > greedy.maximum:
-        raise UsageError(f"no projection can pass {greedy.maximum}; level {max(levels)} cannot be reached")
-    hidden, arguments = source.first_inputs(ids)
     job = {
-        "stage": "blockwise", "model": source.identity.weights, "tokens": hash_tokens(ids), "levels": list(levels),
-        "statistics": statistics.details, "dense_tokens": statistics.dense_tokens, **vars(greedy),
-        "dtype": str(hidden.dtype).removeprefix("torch."),
+        "stage": method, "score": score, "compensated": compensate, "model": source.identity.weights,
+        "tokens": hash_tokens(ids), "levels": list(levels), "statistics": statistics.details,
+        "dense_tokens": statistics.dense_tokens,
+        "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
-    progress = Spool(spool, job)
-    hidden = hidden if progress.hidden is None else progress.hidden.to(hidden.device)
-    found = [progress.results(index) for index in range(progress.finished)]
-    remaining = range(progress.finished, len(source.structure.blocks))
-    for index in track(remaining, "allocating blocks", len(source.structure.blocks), show_progress, progress.finished):
-        projections = source.structure.blocks[index]
-        with source.block(index) as block, torch.no_grad():
-            entry = statistics.blocks[index]
-            with BlockError(block, projections, entry, statistics.dense_tokens, hidden, arguments[index]) as error:
-                check_finite(error.outputs, f"block {index} {projections[-1].name}")
-                trajectory = greedy_trajectory(projections, error, levels, greedy)
-                uniform = [{p.name: level for p in projections} for level in levels]
-                results = {
-                    "sparsity": torch.tensor([list(point.values()) for point in trajectory], dtype=torch.float64),
-                    "greedy": torch.tensor([error(point) for point in trajectory], dtype=torch.float64),
-                    "uniform": torch.tensor([error(point) for point in uniform], dtype=torch.float64),
-                }
-                hidden = error.outputs
-        progress.save(index, results, hidden)
-        found.append(results)
-    sparsities = [
-        [dict(zip((p.name for p in block), row.tolist(), strict=True)) for row in results["sparsity"]]
-        for block, results in zip(source.structure.blocks, found, strict=True)
-    ]
-    errors = [{name: results[name].sqrt().tolist() for name in ("greedy", "uniform")} for results in found]
-    return sparsities, errors
+    meter = SensitivityMeter(source, ids, statistics, batch)
+    if method == "global":
+        thresholds = None if score == "sensitivity" else _thresholds(score, compensate, meter, show_progress)
+        choices = allocate_global(meter, levels, thresholds, compensate, stride, job, spool, show_progress)
+        details["stride"] = stride
+        return _plan_of_choices(statistics, source, levels, choices, compensate, details)
+    thresholds = _thresholds(score, compensate, meter, show_progress)
+    if method == "uniform":
+        sparsities = _uniform(statistics, levels)
+    else:
+        dense = statistics.dense_tokens
+        sparsities, errors = allocate_blockwise(
+            source, ids, dense, thresholds, levels, greedy, job, spool, show_progress
+        )
+        details |= {"greedy": vars(greedy), "block_error": errors}
+    plan = _plan(statistics, method, levels, sparsities, thresholds, details)
+    if not compensate:
+        return plan
+    shifts = mean_shifts(source, ids, plan.blocks, statistics.dense_tokens, show_progress)
+    return _compensated(plan, compensations(source, shifts))
 
 
-class BlockError:
-    """Squared L2 error of a block's output on its sparse tokens, for given sparsities of its projections.
-
-    hidden [B, L, d] enters the block; `outputs` [B, L, d] is what the dense block makes of it. The input never
-    changes, so what does not depend on a changed projection is remembered and not computed again: raising
-    down_proj repeats neither attention nor gate and up. Use as a context; the block is restored at its end.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        projections: Sequence[Projection],
-        statistics: dict[str, InputStatistics],
-        dense_tokens: int,
-        hidden: Tensor,
-        arguments: dict[str, Any],
-    ) -> None:
-        self.block = block
-        self.projections = projections
-        self.statistics = statistics
-        self.dense_tokens = dense_tokens
-        self.hidden = hidden
-        self.arguments = arguments
-        self.outputs = run_block(block, hidden, arguments)
-        self.sparsity: dict[str, float] = {}
-        self._replaced = ExitStack()
-
-    def __call__(self, sparsity: dict[str, float]) -> float:
-        self.sparsity = sparsity
-        difference = run_block(self.block, self.hidden, self.arguments) - self.outputs
-        return difference[:, self.dense_tokens :].double().square().sum().item()
-
-    def __enter__(self) -> "BlockError":
-        for projection in self.projections:
-            module = self.block.get_submodule(projection.name)
-            forward = self._remember(self._dropping(module, projection), self._upstream(projection, False))
-            self._replaced.enter_context(replace_forward(module, forward))
-        output = next(p for p in self.projections if p.input == "attention_output")
-        attention = self.block.get_submodule(output.name.rpartition(".")[0])
-        forward = self._remember(attention.forward, self._upstream(output, True))
-        self._replaced.enter_context(replace_forward(attention, forward))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._replaced.close()
-
-    def _upstream(self, projection: Projection, siblings: bool) -> list[str]:
-        """The projections that the output of `projection` depends on, with itself (and those beside it)."""
-        stage = INPUTS.index(projection.input)
-        reached = [p.name for p in self.projections if INPUTS.index(p.input) < stage + siblings]
-        return [*reached, projection.name]
-
-    def _dropping(self, module: nn.Module, projection: Projection) -> Callable[[Tensor], Tensor]:
-        product, entry = module.forward, self.statistics[projection.input]
-
-        def forward(x: Tensor) -> Tensor:
-            threshold = torch.tensor(entry.threshold(self.sparsity[projection.name]), device=x.device)
-            dense, sparse = x[..., : self.dense_tokens, :], x[..., self.dense_tokens :, :]
-            return product(torch.cat([dense, drop_small(sparse, threshold)], dim=-2))
-
-        return forward
-
-    def _remember(self, compute: Callable[..., Any], names: list[str], kept: int = 3) -> Callable[..., Any]:
-        memory: OrderedDict[tuple[float, ...], Any] = OrderedDict()
-
-        def forward(*inputs: Any, **arguments: Any) -> Any:
-            key = tuple(self.sparsity[name] for name in names)
-            if key not in memory:
-                memory[key] = compute(*inputs, **arguments)
-                while len(memory) > kept:
-                    memory.popitem(last=False)
-            memory.move_to_end(key)
-            return memory[key]
-
-        return forward
+def _thresholds(score: str, compensate: bool, meter: SensitivityMeter, show_progress: bool) -> Thresholds:
+    if score == "magnitude":
+        return magnitude_thresholds(meter.statistics)
+    if score == "sensitivity":
+        return sensitivity_thresholds(meter.measure(title="measuring sensitivities", show=show_progress), compensate)
+    order = 2 if score == "l2" else 1
+    return norm_thresholds(meter.source, meter.tokens, meter.dense_tokens, order, show_progress)
 
 
-def greedy_trajectory(
-    projections: Sequence[Projection],
-    error: Callable[[dict[str, float]], float],
+def _uniform(statistics: ActivationStatistics, levels: Sequence[float]) -> list[list[dict[str, float]]]:
+    return [[dict.fromkeys(block, level) for level in levels] for block in statistics.identity.shapes]
+
+
+def _plan(
+    statistics: ActivationStatistics,
+    method: str,
     levels: Sequence[float],
-    config: GreedyConfig,
-) -> list[dict[str, float]]:
-    """The sparsities of one block at each level along the greedy path (TEAL, Algorithm 1).
-
-    Each step raises one projection by `step` of the block's weights, the one whose increase adds the least
-    error. Increases are re-evaluated lazily (Minoux 1978): one computed earlier is trusted as a lower bound,
-    so that most steps cost one or two evaluations instead of one per projection. Where increases grow along
-    the path, as they mostly do, the path is that of the exhaustive search. Between two steps the level is met
-    exactly by interpolation.
-    """
-    total = sum(p.size for p in projections)
-    rise = {p.name: config.step * total / p.size for p in projections}
-    share = {p.name: p.size / total for p in projections}
-    current, now = dict.fromkeys(rise, 0.0), 0.0
-    added, fresh = dict.fromkeys(rise, 0.0), dict.fromkeys(rise, -1)
-    dropped, path = 0.0, [(0.0, dict(current))]
-    for step in itertools.count():
-        if dropped >= max(levels) - 1e-9:
-            break
-        candidates = [name for name in rise if current[name] < config.maximum - 1e-9]
-        if not candidates:
-            raise TealError(f"no projection can pass {config.maximum}; level {max(levels)} cannot be reached")
-        while True:
-            best = min(candidates, key=added.__getitem__)
-            raised = {**current, best: min(current[best] + rise[best], config.maximum)}
-            if fresh[best] == step:
-                break
-            added[best], fresh[best] = error(raised) - now, step
-        now += added[best]
-        current, dropped = raised, sum(share[name] * value for name, value in raised.items())
-        path.append((dropped, dict(current)))
-    return [_along(path, level) for level in levels]
+    sparsities: Sequence[Sequence[dict[str, float]]],
+    thresholds: Thresholds,
+    details: dict[str, Any],
+) -> SparsityPlan:
+    """A plan with `sparsities[block][level][projection]` and the `thresholds` that reach them."""
+    blocks = []
+    for index, per_level in enumerate(sparsities):
+        blocks.append({})
+        for name in per_level[0]:
+            reached = [thresholds(index, name, at_level[name]) for at_level in per_level]
+            blocks[-1][name] = ProjectionPlan(
+                tuple(at_level[name] for at_level in per_level),
+                torch.stack([torch.as_tensor(threshold).cpu() for threshold in reached])
+                if isinstance(reached[0], Tensor)
+                else tuple(map(float, reached)),
+            )
+    return SparsityPlan(statistics.identity, method, tuple(levels), tuple(blocks), details)
 
 
-def _along(path: Sequence[tuple[float, dict[str, float]]], level: float) -> dict[str, float]:
-    """The point of a path of (dropped share, sparsities) where exactly `level` is dropped."""
-    for (before, low), (after, high) in itertools.pairwise(path):
-        if level <= after + 1e-9:
-            weight = min(1.0, max(0.0, (level - before) / (after - before)))
-            return {name: low[name] + weight * (high[name] - low[name]) for name in low}
-    return path[-1][1]
+def _plan_of_choices(
+    statistics: ActivationStatistics,
+    source: BlockSource,
+    levels: Sequence[float],
+    choices: Sequence[Choices],
+    compensate: bool,
+    details: dict[str, Any],
+) -> SparsityPlan:
+    """A plan out of the global allocation's `choices[level][block][projection]`."""
+    blocks, shifts = [], []
+    for block in range(len(source.structure.blocks)):
+        at = {name: [per_level[block][name] for per_level in choices] for name in choices[0][block]}
+        blocks.append({
+            name: ProjectionPlan(
+                tuple(choice.sparsity for choice in per_level),
+                torch.stack([choice.threshold for choice in per_level]).cpu(),
+            )
+            for name, per_level in at.items()
+        })  # fmt: skip
+        shifts.append({name: torch.stack([choice.shift for choice in per_level]) for name, per_level in at.items()})
+    plan = SparsityPlan(statistics.identity, "global", tuple(levels), tuple(blocks), details)
+    return _compensated(plan, compensations(source, shifts)) if compensate else plan
+
+
+def _compensated(plan: SparsityPlan, compensation: Sequence[dict[str, Tensor]]) -> SparsityPlan:
+    blocks = tuple(
+        {name: replace(entry, compensation=biases[name]) for name, entry in block.items()}
+        for block, biases in zip(plan.blocks, compensation, strict=True)
+    )
+    return replace(plan, blocks=blocks)

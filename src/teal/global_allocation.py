@@ -1,75 +1,104 @@
-"""Allocation under one budget for the whole model: the channels that cost the least for what they save go first."""
+"""Allocation under one budget for the whole model: what changes its output the least for its bytes goes first."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from teal.blockwalk import BlockSource
+from teal.blockwalk import Spool
 from teal.errors import UsageError
-from teal.sensitivity import Dropping, Sensitivities, Sensitivity, measure_sensitivity
-from teal.statistics import ActivationStatistics
+from teal.scores import Thresholds
+from teal.sensitivity import (
+    Dropping,
+    Sensitivities,
+    Sensitivity,
+    SensitivityMeter,
+    at_bins,
+    cheapest_bins,
+    find_price,
+)
 
-SEARCH_STEPS = 40  # halvings of the price's logarithm
-
-
-@dataclass(frozen=True)
-class GlobalConfig:
-    """Sensitivities are measured dense and then each time the level has risen by `stride`, where the plan is then."""
-
-    stride: float = 0.15
-    compensate: bool = True
-    batch: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.01 <= self.stride <= 1:
-            raise UsageError(f"the stride must be at least 0.01 and at most 1, got {self.stride}")
+STRIDE = 0.15
+SPARSITIES = tuple(index / 50 for index in range(49))  # choices of a projection whose score fixes what goes first
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One projection at one level: `threshold` [K], its expected `sparsity` and the `shift` [K] that compensates."""
+    """Of one projection at one level: `threshold` [K], expected `sparsity`, and the `shift` [K] that compensates."""
 
     threshold: Tensor
     sparsity: float
     shift: Tensor
 
 
-Choices = list[dict[str, Choice]]
+Choices = list[dict[str, Choice]]  # [block][projection]
 
 
 def allocate_global(
-    statistics: ActivationStatistics,
+    meter: SensitivityMeter,
     levels: Sequence[float],
-    source: BlockSource,
-    tokens: Tensor,
-    config: GlobalConfig,
+    thresholds: Thresholds | None,
+    compensate: bool,
+    stride: float,
+    job: dict[str, Any],
+    spool: Path | None = None,
     show_progress: bool = False,
 ) -> list[Choices]:
-    """[level][block][projection]: thresholds of every channel that save the level's bytes for the least divergence.
+    """For each level the choices that save its bytes for the least divergence from the dense model.
 
-    For each level a price per byte is found at which the cheapest choice of every channel, divergence minus price
-    times bytes saved, saves as much as the level asks (Lagrange). A sparse model is more sensitive than the dense one,
-    and in other places: so sensitivities are measured again on the way up.
+    At one price per byte (a Lagrange multiplier) everything takes the choice of least divergence minus price times
+    bytes saved; the price is where the sum meets the level. Without `thresholds` every channel chooses for itself;
+    with them, each projection chooses a sparsity and they say what goes first.
+    A sparse model is more sensitive than the dense one, and elsewhere: so sensitivities are measured again on the way
+    up at every `stride`, each time where the plan has come to.
+    Raises UsageError for a stride below 0.01 or above 1.
     """
+    if not 0.01 <= stride <= 1:
+        raise UsageError(f"the stride must be at least 0.01 and at most 1, got {stride}")
+    progress = Spool(spool, {**job, "stride": stride})
+    sizes = [{p.name: p.out_features for p in block} for block in meter.source.structure.blocks]
+    measured: list[tuple[float, Sensitivities]] = []
+    at = 0.0
+    while True:
+        if len(measured) < progress.finished:
+            assert progress.hidden is not None
+            meter.dense_output = progress.hidden
+            sensitivities = _from_tensors(progress.results(len(measured)), sizes)
+        else:
+            droppings = None
+            if measured:
+                choices = _choose(measured[-1][1], sizes, at, thresholds, compensate)
+                droppings = [{name: Dropping(c.threshold, c.shift) for name, c in block.items()} for block in choices]
+            sensitivities = meter.measure(droppings, f"measuring sensitivities at {at:.0%}", show_progress)
+            assert meter.dense_output is not None
+            progress.save(len(measured), _to_tensors(sensitivities), meter.dense_output)
+        measured.append((at, sensitivities))
+        if at >= max(levels) - 1e-9:
+            break
+        at = min(at + stride, max(levels))
+    return [_choose(_between(measured, level), sizes, level, thresholds, compensate) for level in levels]
 
-    def measure(choices: Choices | None) -> Sensitivities:
-        droppings = choices and [
-            {name: Dropping(c.threshold, c.shift) for name, c in block.items()} for block in choices
-        ]
-        return measure_sensitivity(
-            source, tokens, statistics, droppings, batch=config.batch, seed=config.seed, show_progress=show_progress
+
+def _to_tensors(sensitivities: Sensitivities) -> dict[str, Tensor]:
+    return {
+        f"{index}.{name}.{key}": torch.as_tensor(value).cpu()
+        for index, block in enumerate(sensitivities)
+        for name, entry in block.items()
+        for key, value in vars(entry).items()
+    }
+
+
+def _from_tensors(tensors: dict[str, Tensor], names: Sequence[dict[str, Any]]) -> Sensitivities:
+    def entry(prefix: str) -> Sensitivity:
+        fields = {key: tensors[f"{prefix}.{key}"] for key in ("scale", "count", "pull", "energy", "curvature")}
+        return Sensitivity(
+            **fields, tokens=int(tensors[f"{prefix}.tokens"]), coherence=float(tensors[f"{prefix}.coherence"])
         )
 
-    sizes = [{p.name: p.out_features for p in block} for block in source.structure.blocks]
-    measured = [(0.0, measure(None))]
-    while (at := measured[-1][0]) < max(levels) - 1e-9:
-        following = min(at + config.stride, max(levels))
-        measured.append((following, measure(choose(measured[-1][1], sizes, following, config.compensate))))
-    return [choose(_between(measured, level), sizes, level, config.compensate) for level in levels]
+    return [{name: entry(f"{index}.{name}") for name in block} for index, block in enumerate(names)]
 
 
 def _between(measured: Sequence[tuple[float, Sensitivities]], level: float) -> Sensitivities:
@@ -78,64 +107,78 @@ def _between(measured: Sequence[tuple[float, Sensitivities]], level: float) -> S
     (low, before), (high, after) = measured[max(0, above - 1)], measured[above]
     share = (level - low) / (high - low) if high > low else 1.0
     return [
-        {name: mine[name].mix(theirs[name], share) for name in mine}
-        for mine, theirs in zip(before, after, strict=True)
+        {name: mine[name].mix(theirs[name], share) for name in mine} for mine, theirs in zip(before, after, strict=True)
     ]
 
 
-def choose(
-    sensitivities: Sensitivities, sizes: Sequence[dict[str, int]], level: float, compensate: bool
+def _choose(
+    sensitivities: Sensitivities,
+    sizes: Sequence[dict[str, int]],
+    level: float,
+    thresholds: Thresholds | None,
+    compensate: bool,
 ) -> Choices:
-    """The choice of every channel that drops `level` of all weights. `sizes` are the weights of a channel."""
-    curves = [
-        {name: _Curves.of(entry, sizes[index][name], compensate) for name, entry in block.items()}
-        for index, block in enumerate(sensitivities)
-    ]
-    every = [curve for block in curves for curve in block.values()]
-    total = sum(curve.size * len(curve.cost) for curve in every)
-    price = _price(lambda price: sum(curve.saved(curve.cheapest(price)) for curve in every) / total, level)
-    return [
-        {name: curve.choice(block[name], curve.cheapest(price)) for name, curve in curves[index].items()}
-        for index, block in enumerate(sensitivities)
-    ]
+    """The choices that drop `level` of all weights; `sizes` [block][projection] are the weights of a channel."""
+    options = []
+    for index, block in enumerate(sensitivities):
+        for name, entry in block.items():
+            if thresholds is None:
+                options.append(_ChannelOptions(entry, sizes[index][name], compensate))
+            else:
+                ruled = [thresholds(index, name, sparsity) for sparsity in SPARSITIES]
+                options.append(_ProjectionOptions(entry, sizes[index][name], compensate, ruled))
+    total = sum(option.size * len(option.entry.scale) for option in options)
+    price = find_price(lambda price: sum(option.saved(price) for option in options) / total, level) if level else 0.0
+    chosen = iter(options)
+    return [{name: next(chosen).choice(price) for name in block} for block in sensitivities]
 
 
-def _price(saved_at: Callable[[float], float], level: float) -> float:
-    """The lowest price, in nats per weight, at which at least `level` is saved."""
-    low, high = -80.0, 20.0
-    for _ in range(SEARCH_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if saved_at(math.exp(middle)) >= level else (middle, high)
-    return math.exp(high)
+class _ChannelOptions:
+    """Every channel of a projection may drop up to any bin."""
 
+    def __init__(self, entry: Sensitivity, size: int, compensate: bool) -> None:
+        self.entry, self.size, self.compensate = entry, size, compensate
+        self.cost, self.dropped = entry.cost(compensate), entry.dropped()
 
-@dataclass(frozen=True)
-class _Curves:
-    """Of the channels of one projection, by bin up to which is dropped: `cost` and `dropped` [K, BINS]."""
-
-    cost: Tensor
-    dropped: Tensor
-    size: int
-    compensate: bool
-
-    @classmethod
-    def of(cls, entry: Sensitivity, size: int, compensate: bool) -> "_Curves":
-        return cls(entry.cost(compensate), entry.dropped(), size, compensate)
-
-    def cheapest(self, price: float) -> Tensor:
-        """[K]: the bin up to which to drop, -1 for none."""
-        value, index = torch.add(self.cost, self.dropped, alpha=-price * self.size).min(1)
-        return torch.where(value < 0, index, -1)
-
-    def saved(self, bins: Tensor) -> float:
+    def saved(self, price: float) -> float:
         """Weights not read per token."""
-        return self.size * float(_at(self.dropped, bins, 0.0).sum())
+        return self.size * float(at_bins(self.dropped, self._bins(price), 0.0).sum())
 
-    def choice(self, entry: Sensitivity, bins: Tensor) -> Choice:
-        shift = _at(entry.shift(), bins, 0.0) if self.compensate else torch.zeros_like(entry.scale)
-        return Choice(_at(entry.thresholds(), bins, -1.0), float(_at(self.dropped, bins, 0.0).mean()), shift)
+    def choice(self, price: float) -> Choice:
+        bins = self._bins(price)
+        return Choice(
+            at_bins(self.entry.thresholds(), bins, -1.0),
+            float(at_bins(self.dropped, bins, 0.0).mean()),
+            at_bins(self.entry.shift(), bins, 0.0) if self.compensate else torch.zeros_like(self.entry.scale),
+        )
+
+    def _bins(self, price: float) -> Tensor:
+        return cheapest_bins(self.cost, self.dropped, price * self.size)
 
 
-def _at(values: Tensor, bins: Tensor, otherwise: float) -> Tensor:
-    """values [K, BINS] at bins [K], `otherwise` where the bin is -1."""
-    return torch.where(bins < 0, otherwise, values.gather(1, bins.clamp_min(0)[:, None])[:, 0])
+class _ProjectionOptions:
+    """A projection may take any of SPARSITIES; `thresholds` [] or [K] are what reaches them."""
+
+    def __init__(self, entry: Sensitivity, size: int, compensate: bool, thresholds: Sequence[float | Tensor]) -> None:
+        self.entry, self.size, self.compensate, self.thresholds = entry, size, compensate, thresholds
+        self._bins = [entry.bins_below(threshold) for threshold in thresholds]
+        cost = entry.cost(compensate)
+        self.cost = torch.stack([at_bins(cost, bins, 0.0).sum() for bins in self._bins])[None]
+        self.dropped = torch.tensor([SPARSITIES], device=cost.device)
+
+    def saved(self, price: float) -> float:
+        """Weights not read per token."""
+        return self.size * len(self.entry.scale) * SPARSITIES[self._option(price)]
+
+    def choice(self, price: float) -> Choice:
+        option = self._option(price)
+        threshold = torch.as_tensor(self.thresholds[option], device=self.entry.scale.device)
+        shift = at_bins(self.entry.shift(), self._bins[option], 0.0)
+        return Choice(
+            threshold.float().expand(len(shift)).contiguous(),
+            SPARSITIES[option],
+            shift if self.compensate else torch.zeros_like(shift),
+        )
+
+    def _option(self, price: float) -> int:
+        return max(0, int(cheapest_bins(self.cost, self.dropped, price * self.size * len(self.entry.scale))))

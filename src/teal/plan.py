@@ -1,7 +1,6 @@
 """SparsityPlan: how sparse each projection is at each level, and the threshold that makes it so."""
 
 import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -36,14 +35,13 @@ def check_level(level: float) -> float:
 class ProjectionPlan:
     """One projection at every level of the plan's grid.
 
-    `sparsity[l]` is the share of its inputs expected to be dropped, `threshold[l]` the largest |x| dropped
-    (of |x| * channel_scale, where a method weighs channels); DENSE keeps everything.
-    `channel_scale` [K] and `compensation` [levels, N] (added on sparse tokens) are float32 or None.
+    `sparsity[l]` is the share of its inputs expected to be dropped, `threshold[l]` the largest |x| dropped: a number
+    for each level, or [levels, K] in float32 where channels have thresholds of their own; DENSE keeps everything.
+    `compensation` [levels, N] (added on sparse tokens) is float32 or None.
     """
 
     sparsity: tuple[float, ...]
-    threshold: tuple[float, ...]
-    channel_scale: Tensor | None = None
+    threshold: tuple[float, ...] | Tensor
     compensation: Tensor | None = None
 
 
@@ -103,7 +101,7 @@ class SparsityPlan:
 
     @property
     def has_vectors(self) -> bool:
-        """Whether any projection has channel scales or compensations."""
+        """Whether any projection has thresholds per channel or a compensation."""
         return bool(self._vectors())
 
     def to_json(self) -> dict[str, Any]:
@@ -132,16 +130,12 @@ class SparsityPlan:
             for index, block in enumerate(payload["blocks"]):
                 plans = {}
                 for name, entry in block.items():
-                    check_keys(
-                        entry,
-                        ("sparsity", "threshold"),
-                        f"{where}, block {index} {name}",
-                        ("sparsity", "threshold"),
-                    )
+                    per_channel = vectors.pop(f"{index}.{name}.threshold", None)
+                    keys = ("sparsity",) if per_channel is not None else ("sparsity", "threshold")
+                    check_keys(entry, keys, f"{where}, block {index} {name}", keys)
                     plans[name] = ProjectionPlan(
                         tuple(float(value) for value in entry["sparsity"]),
-                        tuple(float(value) for value in entry["threshold"]),
-                        vectors.pop(f"{index}.{name}.channel_scale", None),
+                        tuple(map(float, entry["threshold"])) if per_channel is None else per_channel,
                         vectors.pop(f"{index}.{name}.compensation", None),
                     )
                 blocks.append(plans)
@@ -178,10 +172,7 @@ class SparsityPlan:
         return cls.from_json(payload, path, vectors)
 
     def _payload(self) -> dict[str, Any]:
-        blocks = [
-            {name: {"sparsity": list(p.sparsity), "threshold": list(p.threshold)} for name, p in block.items()}
-            for block in self.blocks
-        ]
+        blocks = [{name: _entry(plan) for name, plan in block.items()} for block in self.blocks]
         return {
             "format": FORMAT, "version": VERSION, "model": self.identity.to_json(), "method": self.method,
             "details": self.details, "levels": list(self.levels), "blocks": blocks,
@@ -192,8 +183,8 @@ class SparsityPlan:
             f"{index}.{name}.{kind}": vector
             for index, block in enumerate(self.blocks)
             for name, plan in block.items()
-            for kind in ("channel_scale", "compensation")
-            if (vector := getattr(plan, kind)) is not None
+            for kind in ("threshold", "compensation")
+            if isinstance(vector := getattr(plan, kind), Tensor)
         }
 
     def _check(self) -> None:
@@ -216,39 +207,38 @@ class SparsityPlan:
             raise TealError(f"{where} needs {len(self.levels)} sparsities and thresholds")
         for sparsity in plan.sparsity:
             check_level(sparsity)
-        if any(not math.isfinite(threshold) for threshold in plan.threshold):
+        if not torch.as_tensor(plan.threshold).isfinite().all():
             raise TealError(f"{where} has a threshold that is NaN or infinite")
         n, k = shape
-        expected = {"channel_scale": (k,), "compensation": (len(self.levels), n)}
-        for kind, wanted in expected.items():
-            vector = getattr(plan, kind)
-            if vector is not None and (tuple(vector.shape) != wanted or not torch.isfinite(vector).all()):
+        for kind, channels in {"threshold": k, "compensation": n}.items():
+            vector, wanted = getattr(plan, kind), (len(self.levels), channels)
+            if isinstance(vector, Tensor) and (tuple(vector.shape) != wanted or not vector.isfinite().all()):
                 raise TealError(f"{where} has a {kind} of shape {tuple(vector.shape)}, expected {wanted}, all finite")
-        if plan.channel_scale is not None and (plan.channel_scale < 0).any():
-            raise TealError(f"{where} has a negative channel_scale")
+
+
+def _entry(plan: ProjectionPlan) -> dict[str, Any]:
+    """A projection in the plan's JSON; thresholds per channel are in the vectors beside it."""
+    entry = {"sparsity": list(plan.sparsity)}
+    return entry if isinstance(plan.threshold, Tensor) else {**entry, "threshold": list(plan.threshold)}
 
 
 def _interpolate(plan: ProjectionPlan, below: int, above: int, weight: float) -> Setting:
     def between(values: Sequence[float] | Tensor) -> Any:
         return values[below] if weight == 0 else values[below] * (1 - weight) + values[above] * weight
 
-    threshold: float = between(plan.threshold)
-    if weight and plan.threshold[below] < 0 <= plan.threshold[above]:
-        threshold = plan.threshold[above] * weight  # from 0, which drops nothing but exact zeros
+    threshold: float | Tensor = between(plan.threshold)
+    if weight:  # a threshold rises from 0, which drops nothing but exact zeros
+        low, high = plan.threshold[below], plan.threshold[above]
+        if isinstance(high, Tensor):
+            threshold = torch.where((low < 0) & (high >= 0), high * weight, threshold)
+        elif low < 0 <= high:
+            threshold = high * weight
     compensation = None if plan.compensation is None else between(plan.compensation)
-    return Setting(between(plan.sparsity), _per_channel(plan, threshold), compensation)
+    return Setting(between(plan.sparsity), threshold, compensation)
 
 
 def _dense(plan: ProjectionPlan) -> Setting:
+    """Of the shapes that other levels have, so that captured graphs hold."""
     compensation = None if plan.compensation is None else torch.zeros_like(plan.compensation[0])
-    return Setting(0.0, _per_channel(plan, DENSE), compensation)
-
-
-def _per_channel(plan: ProjectionPlan, threshold: float) -> float | Tensor:
-    """|x| * scale > threshold as |x| > threshold / scale; at every level of one shape, so that graphs hold."""
-    scale = plan.channel_scale
-    if scale is None:
-        return threshold
-    if threshold < 0:
-        return torch.full_like(scale, threshold)
-    return torch.where(scale > 0, threshold / scale, math.inf)
+    threshold = torch.full_like(plan.threshold[0], DENSE) if isinstance(plan.threshold, Tensor) else DENSE
+    return Setting(0.0, threshold, compensation)

@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=common.seed, default=0, help="which blocks of the text are taken")
     parser.add_argument("--merge", nargs="+", metavar="FILE", help="add earlier statistics of this model to the result")
     common.add_dtype(parser)
+    common.add_device(parser)
     common.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from teal.blockwalk import discard_spool, open_blocks
+    from teal.blockwalk import discard_spool
     from teal.calibration import DENSE_TOKENS, calibrate
     from teal.checkpoint import resolve_model
     from teal.data import CALIBRATION_TEXT
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     blocks = common.read_blocks(
         arguments, directory, CALIBRATION_TEXT, arguments.length, arguments.tokens, arguments.seed
     )
-    source = open_blocks(directory, common.dtype_of(arguments))
+    source = common.open_blocks(arguments, directory)
     dense_tokens = DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens
     for other in earlier:
         other.check_merges(source.identity, dense_tokens)  # now, not after the work

@@ -13,6 +13,7 @@ from teal.errors import TealError, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from teal.blockwalk import BlockSource
     from teal.data import TokenBlocks
     from teal.plan import SparsityPlan
 
@@ -281,6 +282,16 @@ def load_model(directory: Path, dtype: "torch.dtype | None" = None, device: str 
 
     disable_progress_bar()
     return load_model(directory, dtype, device)
+
+
+def open_blocks(arguments: argparse.Namespace, directory: Path) -> "BlockSource":
+    """The blocks of a model directory in --dtype: read one at a time, or all at once onto a --device."""
+    from teal.blockwalk import open_blocks
+
+    check_device(arguments.device)
+    if arguments.device == "cpu":
+        return open_blocks(directory, dtype_of(arguments))
+    return open_blocks(load_model(directory, dtype_of(arguments), arguments.device))
 
 
 def write_result(arguments: argparse.Namespace, payload: dict[str, Any]) -> None:

@@ -119,8 +119,9 @@ def _statistics(out: Path) -> "ActivationStatistics":
 
 
 def _plans(out: Path, statistics: "ActivationStatistics") -> dict[str, "SparsityPlan"]:
-    from teal.allocation import GreedyConfig, allocate
+    from teal.allocation import allocate
     from teal.blockwalk import discard_spool
+    from teal.blockwise_allocation import GreedyConfig
     from teal.checkpoint import EMBEDDED_MODEL
     from teal.plan import SparsityPlan
 
