@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from teal.blockwalk import compute_buffers
+from teal.checkpoint import check_memory
 from teal.errors import UsageError
 from teal.structure import ModelStructure
 
@@ -113,6 +114,7 @@ def random_engine(
     from teal.engine.model import DecoderModel
 
     config = shape_config(name)
+    check_memory(EngineConfig.of(config).weights * dtype.itemsize, device)
     weights = RandomWeights(config, dtype, device=device)
 
     def take(tensor: str, shape: tuple[int, ...]) -> torch.Tensor:

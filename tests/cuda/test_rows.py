@@ -93,7 +93,7 @@ def test_not_finite_inputs_stay_in_their_row(shape: Shape, thresholds: str, spec
 
 
 class TestChooseTuning:
-    @pytest.mark.parametrize("largest_cluster", [1, 8])
+    @pytest.mark.parametrize("largest_cluster", [1, 2])
     @pytest.mark.parametrize(("channels", "outputs"), [(4096, 14336), (14336, 4096), (28672, 8192), (18944, 3584)])
     def test_models(self, channels: int, outputs: int, largest_cluster: int) -> None:
         tuning = choose_rows_tuning(channels, outputs, 132, largest_cluster)

@@ -76,23 +76,23 @@ def shared_bytes(channels: int, tuning: RowsTuning) -> int:
 
 
 def choose_rows_tuning(
-    channels: int, outputs: int, multiprocessors: int, largest_cluster: int = 8
+    channels: int, outputs: int, multiprocessors: int, largest_cluster: int = 2
 ) -> RowsTuning | None:
-    """One block for nearly every multiprocessor, and few channels for each block to list.
+    """One block for nearly every multiprocessor, and few channels for each block to list; None if these are too many.
 
-    Measured on an H200: clusters of four and more lose a third.
+    Clusters of four and more lose a third on an H200: masking the inputs and cuBLAS are faster then.
     """
     best: tuple[float, RowsTuning] | None = None
-    for cluster in (1, 2, 4, 8):
+    for cluster in range(1, largest_cluster + 1):
         for width in THREADS:
-            if cluster > largest_cluster or channels % (8 * cluster) or channels // cluster > MOST_CHANNELS:
+            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS:
                 continue
             for depth in (4, 3, 2):
                 tuning = RowsTuning(width, cluster, depth)
                 if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
                     continue
                 waves = cluster * -(-outputs // (8 * width)) / multiprocessors
-                badness = (1 / waves if waves <= 1 else 2 * waves) + (0.5 if cluster > 2 else 0.01 * cluster)
+                badness = (1 / waves if waves <= 1 else 2 * waves) + 0.01 * cluster
                 badness += 0.02 * (4 - depth) + 0.03 * channels / cluster / 4096
                 if best is None or badness < best[0]:
                     best = (badness, tuning)

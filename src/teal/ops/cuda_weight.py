@@ -13,7 +13,10 @@ from teal.ops.reference import drop_small
 
 
 class CudaWeight(ChannelMajorWeight):
-    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, two to eight through rows.cu."""
+    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, two to eight through rows.cu.
+
+    Where the channels are too many for rows.cu, several rows are masked and multiplied densely.
+    """
 
     layout = "cuda"
 
@@ -57,5 +60,5 @@ def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Pro
 @cache
 def _rows_kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
     """None where a block cannot hold its part of the channels."""
-    tuning = choose_rows_tuning(channels, outputs, multiprocessors(), 8 if nvrtc.has_clusters() else 1)
+    tuning = choose_rows_tuning(channels, outputs, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
     return None if tuning is None else RowsProjection(channels, outputs, dtype, tuning)
