@@ -6,6 +6,7 @@ from typing import Any
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
+from teal.tuning import PairedLoss, Tuning
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows
 
@@ -85,6 +86,50 @@ def speed_rule(result: Benchmark) -> list[str]:
         f"correct: products differ from the reference by at most {d['largest_relative_error']:.1e} of the largest "
         f"output (allowed {d['tolerance']:.1e})",
     ]
+
+
+def tuning_table(result: Tuning) -> Table:
+    """Every level that was tried: on the search part, then on the other."""
+    budget = result.budget
+
+    def row(part: str, plan: str, level: float, sparsity: float, loss: PairedLoss) -> list[str]:
+        bound = loss.bound(result.confidence)
+        verdict = "yes" if bound <= budget.limit else "no"
+        figures = [budget.show(loss.mean), budget.show(bound), verdict, str(loss.sequences)]
+        return [part, plan, f"{level:g}", f"{sparsity:.4f}", *figures]
+
+    rows = [
+        row("search", t.plan, t.level, t.sparsity, PairedLoss(t.loss, t.loss_error, t.sequences)) for t in result.trials
+    ]
+    if result.confirmation is not None:
+        for measured in result.confirmation.measurements:
+            loss = budget.loss(result.confirmation, measured)
+            rows.append(row("confirm", measured.plan, measured.level, measured.sparsity, loss))
+    columns = ["part", "plan", "level", "realised", budget.name, "at most", "fits", "sequences"]
+    return columns, rows
+
+
+def tuning_summary(result: Tuning) -> list[str]:
+    """What was found and is claimed, what it saves, and what it cost to find."""
+    budget, sequences = result.budget, result.details["confirmation_sequences"]
+    lines = []
+    if result.level:
+        lines = [
+            f"{result.plan} at level {result.level:g}: {budget.name} {budget.show(result.loss)}, with "
+            f"{100 * result.confidence:g} % confidence at most {budget.show(result.bound)} (allowed: {budget.text}), "
+            f"measured on {count(sequences, 'sequence')} that played no part in the search",
+            f"realised sparsity {result.sparsity:.4f}; weights read per token, LM head included: "
+            f"{result.dense_bytes / 1e6:.1f} MB dense, {result.sparse_bytes / 1e6:.1f} MB sparse "
+            f"({100 * result.sparse_bytes / result.dense_bytes:.0f} %)",
+        ]
+    if result.speed is not None and len(result.speed.speeds) > 1:
+        dense, sparse = result.speed.speeds[:2]
+        lines.append(
+            f"decode {dense.tokens_per_second:.2f} tokens/s dense, {sparse.tokens_per_second:.2f} sparse: "
+            f"{sparse.speedup:.2f} times ({sparse.speedup_slowest:.2f} to {sparse.speedup_fastest:.2f})"
+        )
+    cost = f"{result.tokens_evaluated} tokens run in {result.seconds:.0f} s, {count(len(result.trials), 'level')} tried"
+    return [*lines, *result.notes, cost]
 
 
 def quality_section(result: Evaluation) -> str:

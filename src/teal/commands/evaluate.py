@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or more plans (default: teal-MODEL/plan.json)",
     )
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
-    common.add_levels(parser, common.DEFAULT_LEVELS)
+    common.add_levels(parser)
     common.add_text(parser, "the embedded evaluation text")
     parser.add_argument("--tokens", type=common.positive, help="tokens to read, in whole sequences (default: all)")
     parser.add_argument(
@@ -50,13 +50,10 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.evaluation import evaluate
-    from teal.plan import SparsityPlan
 
     common.check_device(arguments.device)
     if arguments.plan:
-        stems = [path.stem for path in arguments.plan]
-        names = stems if len(set(stems)) == len(stems) else map(str, arguments.plan)
-        plans = {name: SparsityPlan.load(path) for name, path in zip(names, arguments.plan, strict=True)}
+        plans = common.load_plans(arguments.plan)
     else:
         plan = common.load_plan(arguments)
         plans = {plan.method: plan}

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
     common.add_plan(parser)
-    parser.add_argument("--level", type=common.level, help="sparsity of decode, 0 is dense (default: 0.5)")
+    parser.add_argument(
+        "--level", type=common.level, help="sparsity of decode, 0 is dense (default: as tuned, else 0.5)"
+    )
     parser.add_argument("--dense", action="store_true", help="no sparsity; needs no plan")
     parser.add_argument(
         "--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N",
@@ -69,14 +71,13 @@ class TextModel:
 
         if arguments.dense and (arguments.plan is not None or arguments.level is not None):
             raise UsageError("--dense is without sparsity: leave out --plan and --level, or --dense")
-        self.plan = None if arguments.dense else common.load_plan(arguments)
+        self.plan, level = (None, 0.0) if arguments.dense else common.chosen_plan(arguments)
         directory = resolve_model(arguments.model)
         common.check_device(arguments.device)
         self.sampling = sampling_config(arguments)
         self.tokenizer = load_tokenizer(directory)
-        self.level = 0.0
-        if self.plan is not None:
-            self.level = default_level(self.plan) if arguments.level is None else arguments.level
+        level = level if arguments.level is None else arguments.level
+        self.level = default_level(self.plan) if level is None and self.plan is not None else level or 0.0
         self.engine: DecoderModel | None = None
         self.model: Any = None
         self.context = 0
