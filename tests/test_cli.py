@@ -451,6 +451,41 @@ class TestTune:
         assert teal(*arguments, "--overwrite").code == 0
 
 
+@pytest.mark.usefixtures("home")
+class TestSparsityLog:
+    GENERATE = ("generate", "model", "--prompt", "The quick", "--max-new-tokens", "45", "--json", "-", "--log-sparsity")
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_drift_is_told(self, teal: Callable[..., Outcome]) -> None:
+        def edit(payload: dict[str, Any]) -> None:
+            for block in payload["blocks"]:
+                for projection in block.values():  # as if calibrated on text with larger activations
+                    projection["threshold"] = [2 * value if value > 0 else value for value in projection["threshold"]]
+
+        rewrite(PLAN, edit)
+        outcome = teal(*self.GENERATE)
+        log = json.loads(outcome.out)["sparsity"]
+        assert len(log["tokens"]) == json.loads(outcome.out)["new_tokens"] - 1
+        assert log["realised"] > log["expected"] + 0.1
+        assert outcome.warnings == [f"teal: warning: {log['warning']}"]
+        assert f"realised {log['realised']:.3f} where 0.500 was expected" in outcome.err
+
+    def test_only_if_asked_for(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal(*self.GENERATE[:-1])
+        assert "sparsity" not in json.loads(outcome.out)
+        assert "realised" not in outcome.err
+
+    def test_of_a_chat(self, teal: Callable[..., Outcome]) -> None:
+        options = ["--max-new-tokens", "20", "--log-sparsity", "--json", "-"]
+        outcome = teal("chat", "model", *options, stdin=b"Hello\n/clear\n/level 0\nHello\n")
+        sparse, dense = json.loads(outcome.out)["turns"]
+        assert len(sparse["sparsity"]["tokens"]) == sparse["new_tokens"] - 1
+        assert "sparsity" not in dense
+
+    def test_dense(self, refuses: Callable[..., Outcome]) -> None:
+        refuses(*self.GENERATE, "--dense", says="there is none to log", code=2)
+
+
 @pytest.fixture
 def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline on the embedded model, with less of everything."""
