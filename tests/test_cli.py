@@ -1,10 +1,12 @@
 """The command line from end to end, and one clear line for everything that can be wrong with its input."""
 
 import errno
+import html
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -486,6 +488,51 @@ class TestSparsityLog:
         refuses(*self.GENERATE, "--dense", says="there is none to log", code=2)
 
 
+@pytest.mark.usefixtures("home")
+class TestReport:
+    def test_of_what_there_is(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal("report", "teal-model", "--json", "-")
+        assert outcome.code == 0, outcome.err
+        found = json.loads(outcome.out)
+        assert found["output"] == "teal-model/report.html"
+        assert found["shown"]["statistics"] == ["statistics.safetensors"]
+        assert found["shown"]["plans"] == ["plan.json"]
+        page = Path("teal-model/report.html").read_text(encoding="utf-8")
+        assert "Not here: no evaluations (`teal evaluate --json FILE`), no tunings (`teal tune`), no benchmarks" in page
+
+    def test_of_all_verbs(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        for verb, output in (("evaluate", "e.json"), ("bench", "b.json")):
+            assert teal(*READS_MODEL[verb], "--levels", "0.25", "0.5", "--json", f"teal-model/{output}").code == 0
+        assert teal(*READS_MODEL["tune"], "--output", "teal-model/tuned").code == 0
+        outcome = teal("report", "teal-model", "--json", "-")
+        shown = json.loads(outcome.out)["shown"]
+        assert [len(names) for names in shown.values()] == [1, 1, 1, 1, 1, 0], shown
+        page = Path("teal-model/report.html").read_text(encoding="utf-8")
+        assert "Not here" not in page
+        assert "What the loss buys" in page
+
+    def test_what_cannot_be(self, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]) -> None:
+        refuses("report", "nowhere", says="nowhere is not a directory")
+        refuses("report", "text.txt", says="text.txt is not a directory")
+        refuses("report", says="the following arguments are required: DIR", code=2)
+        refuses("report", "other", says="other holds no statistics, plan or result of teal")
+        refuses("report", "teal-model", "--level", 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
+        refuses("report", "teal-model", "--output", "model", says="cannot write model: it is a directory")
+        assert teal("report", "teal-model").code == 0
+        refuses("report", "teal-model", says="teal-model/report.html exists; name another --output or pass --overwrite")
+        assert teal("report", "teal-model", "--overwrite").code == 0
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "teal.plan", "version": 1}', b"\xff\xfe"])
+    def test_a_damaged_file(self, damage: bytes, refuses: Callable[..., Outcome]) -> None:
+        Path("teal-model/x.json").write_bytes(damage)
+        refuses("report", "teal-model", says="teal-model/x.json")
+
+    def test_damaged_statistics(self, refuses: Callable[..., Outcome]) -> None:
+        STATISTICS.write_bytes(STATISTICS.read_bytes()[:1000])
+        refuses("report", "teal-model", says=f"{STATISTICS} is truncated, corrupt or not safetensors")
+
+
 @pytest.fixture
 def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline on the embedded model, with less of everything."""
@@ -503,8 +550,15 @@ def test_demo(teal: Callable[..., Outcome]) -> None:
     result = teal("demo", "--json", "-")
     assert result.code == 0
     assert set(json.loads(result.out)) == {"output", "seconds", "evaluation", "bench", "samples"}
-    page = Path("teal-demo/report.md").read_text(encoding="utf-8")
-    assert all(f"## {title}" in page for title in ("Quality", "Decode speed", "Generated text", "Sparsity of each"))
+    page = Path("teal-demo/report.html").read_text(encoding="utf-8")
+    titles = ("Quality against sparsity", "Decode speed", "Generated text", "Sparsity of each projection")
+    assert all(f"{title}</h2>" in page for title in titles)
+    assert json.loads(result.out)["samples"][1]["text"].strip()[:20] in html.unescape(page)
+    assert (
+        teal("report", "teal-demo", "--output", "again.html", "--title", re.findall("<h1>(.*?)</h1>", page)[0]).code
+        == 0
+    )
+    assert Path("again.html").read_text(encoding="utf-8") == page, "the demo's page is that of teal report"
     for name in ("evaluation.json", "bench.json", "uniform.json", "blockwise.json", "statistics.safetensors"):
         assert teal("inspect", f"teal-demo/{name}").code == 0
     again = teal("demo")

@@ -23,6 +23,7 @@ VERBS = {
     "generate": "generate text",
     "chat": "talk to a model",
     "bench": "measure decode speed, dense and sparse",
+    "report": "write a page about everything that was measured into a directory",
     "inspect": "show what an artifact or a model holds",
     "doctor": "show versions, devices and which kernels work here",
 }

@@ -77,16 +77,24 @@ class LossBudget:
         """What `measured`, one of the result's measurements, lost."""
         return PairedLoss(*METRICS[self.metric](result, measured), len(result.dense_nll))
 
-    def show(self, nats: float) -> str:
+    @property
+    def unit(self) -> str:
+        return "%" if self.text.endswith("%") else "nats"
+
+    def value(self, nats: float) -> float:
         """A loss in the budget's unit."""
-        return f"{100 * math.expm1(min(nats, 600.0)):+.2f} %" if self.text.endswith("%") else f"{nats:.4f} nats"
+        return 100 * math.expm1(min(nats, 600.0)) if self.unit == "%" else nats
+
+    def show(self, nats: float) -> str:
+        """A loss in the budget's unit, for people."""
+        return f"{self.value(nats):+.2f} %" if self.unit == "%" else f"{nats:.4f} nats"
 
     @property
     def name(self) -> str:
         """What is bounded, for people."""
         if self.metric == "kl":
             return "KL divergence from dense"
-        return "perplexity over dense" if self.text.endswith("%") else "loss over dense"
+        return "perplexity over dense" if self.unit == "%" else "loss over dense"
 
 
 @dataclass(frozen=True)
