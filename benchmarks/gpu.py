@@ -1,15 +1,15 @@
 """Measure the GPU kernels and the decode step beside their peers, in one run, interleaved, checked.
 
-    python benchmarks/gpu.py bandwidth kernels
+    python benchmarks/gpu.py bandwidth kernels rows prefill
     python benchmarks/gpu.py kernels --published CHECKOUT_OF_FasterDecoding/TEAL
     python benchmarks/gpu.py llama-2-7b --gpt-fast CHECKOUT_OF_gpt-fast --json llama-2-7b.json
     python benchmarks/gpu.py llama-3-8b --gpt-fast CHECKOUT_OF_gpt-fast
 
 Parts run in the order given; each takes a few minutes, and ratios are always of one part. Weights are random, in
-real shapes; thresholds are quantiles of the inputs that the random weights give, so sparsity and speed are real and
-the text is not. Kernels are timed in replayed graphs over copies of the weights that exceed the L2 cache many times;
-a model decodes whole tokens (embedding to choice of the next token), all of them sparse, greedily.
-Times are medians with the lowest and highest; a row fails if its result differs from the reference.
+real shapes; thresholds are quantiles of the inputs that the random weights give at the context that is timed, so
+sparsity and speed are real and the text is not. Kernels are timed in replayed graphs over copies of the weights that
+exceed the L2 cache many times; a model decodes whole tokens (embedding to choice of the next token), all of them
+sparse, greedily. Times are medians with the lowest and highest; a row fails if its result differs from the reference.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teal.artifacts import write_json
-from teal.engine.config import EngineConfig
+from teal.benchmark import plan_of_activations
 from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.generate import DecodeState, decode_one_token
 from teal.engine.model import DecoderModel
@@ -33,7 +33,10 @@ from teal.engine.sampling import Sampler, SamplingConfig
 from teal.linear import sparse_layers
 from teal.ops import nvrtc, reference
 from teal.ops.cuda_projection import Operands, Projection
-from teal.shapes import shape_config
+from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning
+from teal.ops.cuda_weight import CudaWeight
+from teal.shapes import random_engine
+from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
 
 KERNELS = {  # outputs N x inputs K
@@ -47,6 +50,9 @@ KERNELS = {  # outputs N x inputs K
     "Llama-3-70B down": (8192, 28672),
 }
 LEVELS = (0.0, 0.25, 0.4, 0.5, 0.65)
+# Tokens at once, and the share of channels that they keep together at 50 %; None is of independent masks. Four
+# consecutive tokens of text keep 0.93 of the inputs of q, k, v, gate, up and down, 0.85 of those of o (docs/log.md).
+ROWS = ((2, None), (4, 0.93), (4, 0.85), (8, None))
 MODELS = {
     "llama-2-7b": {"dtype": torch.float16, "contexts": (128, 2048, 4032), "gpt-fast": "7B"},
     "llama-3-8b": {"dtype": torch.bfloat16, "contexts": (128, 2048, 8128), "gpt-fast": "llama-3-8b"},
@@ -58,7 +64,7 @@ STEPS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["bandwidth", "kernels", *MODELS])
+    parser.add_argument("parts", nargs="+", choices=["bandwidth", "kernels", "rows", "prefill", *MODELS])
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of the published implementation")
     parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="checkout of gpt-fast")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of a model (default: 5)")
@@ -76,6 +82,10 @@ def main() -> None:
         torch.manual_seed(0)
         if part == "kernels":
             results[part] = measure_kernels(bandwidth, arguments.published)
+        elif part == "rows":
+            results[part] = measure_rows(bandwidth)
+        elif part == "prefill":
+            results[part] = measure_prefill()
         elif part != "bandwidth":
             results[part] = measure_model(part, bandwidth, arguments.gpt_fast, arguments.rounds)
     if arguments.json:
@@ -130,8 +140,7 @@ def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
     table: dict[str, Any] = {}
     print(f"\n{'N x K':<40}{'level':>6}{'cuBLAS us':>22}{'ours us':>22}{'speed-up':>9}{'of floor':>9}{'error':>9}")
     for name, (n, k) in KERNELS.items():
-        copies = max(2, int(COPIES_BYTES // (2 * n * k)) + 1)
-        weights = [torch.randn(k, n, device="cuda", dtype=torch.bfloat16).mul_(0.02) for _ in range(copies)]
+        weights = copies_of(n, k)
         x, y = torch.randn(k, device="cuda", dtype=torch.bfloat16), torch.empty(n, device="cuda", dtype=torch.bfloat16)
         rows = [weight.t().contiguous() for weight in weights]
         cublas = times([lambda x=x, w=w: F.linear(x[None], w) for w in rows])
@@ -199,13 +208,98 @@ def measure_published(kernel: Any, weights: list[Tensor], x: Tensor, name: str) 
     return results
 
 
+# ---- several tokens -----------------------------------------------------------------------------------------------
+
+
+def measure_rows(bandwidth: float) -> dict[str, Any]:
+    """Each shape for several tokens at 50 %, bfloat16: ours beside cuBLAS on all inputs and on masked ones.
+
+    Masks are independent, or overlap so that their union is the share of the channels that four consecutive tokens of
+    real text keep together.
+    """
+    table: dict[str, Any] = {}
+    threshold = torch.tensor(0.5, device="cuda")
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    print(
+        f"\n{'N x K, several tokens':<40}{'rows':>6}{'union':>7}{'cuBLAS us':>22}{'masked':>9}{'ours us':>22}", end=""
+    )
+    print(f"{'speed-up':>9}{'of floor':>9}{'error':>9}")
+    for name, (n, k) in KERNELS.items():
+        tuning = choose_rows_tuning(k, n, multiprocessors)
+        if tuning is None:
+            continue
+        kernel = RowsProjection(k, n, torch.bfloat16, tuning)
+        weights = copies_of(n, k)
+        row_major = [weight.t().contiguous() for weight in weights]
+        table[name] = []
+        for rows, overlap in ROWS:
+            x = overlapping_inputs(rows, k, overlap)
+            y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+            cublas = times([lambda w=w, x=x: F.linear(x, w) for w in row_major])
+            masked = times([lambda w=w, x=x: F.linear(reference.drop_small(x, threshold), w) for w in row_major])
+            launches = [kernel.prepared(x, w, threshold, y, None, dependent=True) for w in weights]
+            ours = times([lambda one=one: one.start(torch.cuda.current_stream().cuda_stream) for one in launches])
+            error = relative_error(y, reference.sparse_gemv(x.float(), weights[-1].t().float(), threshold, None))
+            check(f"{name}, {rows} rows", 0.5, error, torch.bfloat16)
+            union = float((x != 0).any(dim=0).float().mean())
+            row = {"rows": rows, "union": union, "cuBLAS": cublas, "masked": masked, "ours": ours, "error": error}
+            table[name].append(row)
+            floor = union * 2 * n * k / bandwidth * 1e6
+            print(
+                f"{name + f' {n} x {k}':<40}{rows:>6}{union:>7.3f}{spread(cublas):>22}{statistics.median(masked):>9.1f}"
+                f"{spread(ours):>22}{statistics.median(cublas) / statistics.median(ours):>8.2f}x"
+                f"{floor / statistics.median(ours):>9.0%}{error:>9.1e}",
+                flush=True,
+            )
+    return table
+
+
+def copies_of(n: int, k: int) -> list[Tensor]:
+    """Random weights [K, N], together far larger than the cache."""
+    count = max(2, int(COPIES_BYTES // (2 * n * k)) + 1)
+    return [torch.randn(k, n, device="cuda", dtype=torch.bfloat16).mul_(0.02) for _ in range(count)]
+
+
+def overlapping_inputs(rows: int, k: int, union: float | None) -> Tensor:
+    """[rows, K]: half of each row is zero, the rest above 1; all rows together keep about the share `union`."""
+    pool = 1.0  # the share of the channels that rows draw theirs from
+    if union is not None:
+        least, most = 0.5, 1.0
+        for _ in range(40):
+            pool = (least + most) / 2
+            least, most = (pool, most) if pool * (1 - (1 - 0.5 / pool) ** rows) < union else (least, pool)
+    drawn = torch.rand(k, device="cuda") < pool
+    kept = drawn & (torch.rand(rows, k, device="cuda") < 0.5 / pool)
+    return torch.where(kept, 1 + torch.rand(rows, k, device="cuda"), 0).to(torch.bfloat16)
+
+
+def measure_prefill() -> dict[str, Any]:
+    """Dense products of many tokens on the storage of the sparse kernels, beside cuBLAS on row-major weights."""
+    table: dict[str, Any] = {}
+    print(f"\n{'N x K, prefill':<40}{'tokens':>8}{'row-major us':>22}{'ours us':>22}{'time':>9}")
+    for name, (n, k) in KERNELS.items():
+        weights = [CudaWeight((weight,)) for weight in copies_of(n, k)]
+        row_major = [weight.unpack().contiguous() for weight in weights]
+        table[name] = {}
+        for tokens in (128, 512, 2048):
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+            theirs = times([lambda w=w, x=x: F.linear(x, w) for w in row_major], repeats=9)
+            ours = times([lambda w=w, x=x: w.dense_gemm(x, None) for w in weights], repeats=9)
+            table[name][tokens] = {"row-major": theirs, "ours": ours}
+            ratio = statistics.median(ours) / statistics.median(theirs)
+            print(
+                f"{name + f' {n} x {k}':<40}{tokens:>8}{spread(theirs):>22}{spread(ours):>22}{ratio:>8.2f}x", flush=True
+            )
+    return table
+
+
 # ---- whole models -------------------------------------------------------------------------------------------------
 
 
 def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: int) -> dict[str, Any]:
     """Tokens per second at each context: ours dense and at each level, and gpt-fast dense, in turn."""
     dtype, contexts = MODELS[name]["dtype"], MODELS[name]["contexts"]
-    engine = random_engine(name, dtype, max(contexts) + STEPS)
+    engine = random_engine(name, max(contexts) + STEPS, dtype, "cuda")
     if not isinstance(engine.decode_step, CudaDecodeStep):
         sys.exit(f"gpu.py: {name} does not run on the CUDA decode step")
     state = DecodeState.of(engine)
@@ -213,9 +307,10 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
     error = check_step(engine)
     print(f"\n{name}, {str(dtype).removeprefix('torch.')}: one step differs from the reference by {error:.1e} (dense)")
 
-    def ours(thresholds: list[float], context: int) -> Callable[[], float]:
+    def ours(level: float, head: float, context: int) -> Callable[[], float]:
         def run() -> float:
-            set_thresholds(engine, thresholds)
+            set_sparsity(engine, level)
+            engine.lm_head.set_sparsity(head)
             state.position.fill_(context)
             decode_one_token(engine, state, sampler, state.cache)  # captures, if it must
             state.position.fill_(context)
@@ -226,12 +321,14 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
 
     # Its attention reads the whole cache, so it gets one that just suffices, and is compared at the first context.
     peer = GptFast(gpt_fast, MODELS[name]["gpt-fast"], dtype, contexts[0] + STEPS) if gpt_fast else None
-    result: dict[str, Any] = {"dtype": str(dtype), "error": error, "contexts": {}}
+    result: dict[str, Any] = {"dtype": str(dtype), "error": error, "contexts": {}, "sparsity": {}}
     for context in contexts:
-        thresholds = quantiles(engine, state, context)
-        runs: dict[str, Callable[[], float]] = {
-            f"ours {level:.0%}": ours(thresholds[level], context) for level in LEVELS
-        }
+        prompt = torch.randint(engine.config.vocab_size, (context,)).tolist()
+        sparsify(engine, plan_of_activations(engine, prompt, tokens=32))
+        engine.prefill(torch.tensor([prompt], device="cuda"), state.cache)
+        realised = {level: realised_sparsity(engine, state, level, context) for level in LEVELS}
+        rows = {f"ours {level:.0%}": (level, 0.0) for level in LEVELS} | {"ours 50%, head 50%": (0.5, 0.5)}
+        runs = {label: ours(level, head, context) for label, (level, head) in rows.items()}
         if peer and context == contexts[0]:
             runs["gpt-fast dense"] = lambda context=context: peer.tokens_per_second(context)
         speeds: dict[str, list[float]] = {label: [] for label in runs}
@@ -239,86 +336,57 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
             for label, run in runs.items():
                 speeds[label].append(run())
         result["contexts"][context] = speeds
-        realised = {level: realised_sparsity(engine, state, thresholds[level], context) for level in LEVELS}
-        result.setdefault("sparsity", {})[context] = realised
-        report(engine, context, speeds, realised, bandwidth)
+        result["sparsity"][context] = realised
+        report(
+            engine, context, speeds, {label: (realised[rows[label][0]], rows[label][1]) for label in rows}, bandwidth
+        )
     return result
 
 
 def report(
-    engine: DecoderModel, context: int, speeds: dict[str, list[float]], realised: dict[float, float], bandwidth: float
+    engine: DecoderModel,
+    context: int,
+    speeds: dict[str, list[float]],
+    sparsity: dict[str, tuple[float, float]],
+    bandwidth: float,
 ) -> None:
+    """`sparsity`: of the blocks, realised, and of the head, for those of ours."""
     print(f"context {context}: {'tokens/s':>40}{'of gpt-fast':>13}{'of our dense':>13}{'of floor':>10}")
     dense = statistics.median(speeds["ours 0%"])
     peer = statistics.median(speeds.get("gpt-fast dense", [float("nan")]))
     blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
-    config, element = engine.config, 2
-    cache = 2 * config.blocks * config.kv_heads * config.head_dim * context
-    rest = element * (config.vocab_size * config.hidden_size + cache)
+    head = engine.lm_head.packed.channel_bytes * engine.lm_head.in_features
+    config = engine.config
+    cache = 2 * 2 * config.blocks * config.kv_heads * config.head_dim * context
     for label, values in speeds.items():
-        level = float(label.split()[1].rstrip("%")) / 100 if label.startswith("ours") else 0.0
-        median, floor = statistics.median(values), bandwidth / (blocks * (1 - realised[level]) + rest)
-        title = f"  {label} (realised {realised[level]:.1%})" if label.startswith("ours") else f"  {label}"
+        of_blocks, of_head = sparsity.get(label, (0.0, 0.0))
+        floor = bandwidth / (blocks * (1 - of_blocks) + head * (1 - of_head) + cache)
+        median = statistics.median(values)
+        title = f"  {label} (realised {of_blocks:.1%})" if label in sparsity else f"  {label}"
         print(
-            f"{title:<32}{spread(values):>25}{median / peer:>12.2f}x{median / dense:>12.2f}x{median / floor:>10.0%}",
+            f"{title:<40}{spread(values):>25}{median / peer:>12.2f}x{median / dense:>12.2f}x{median / floor:>10.0%}",
             flush=True,
         )
 
 
-def random_engine(name: str, dtype: torch.dtype, context: int) -> DecoderModel:
-    """The engine on random weights of standard deviation 0.02, made on the GPU."""
-    config = EngineConfig.of(shape_config(name))
-
-    def take(tensor: str, shape: tuple[int, ...]) -> Tensor:
-        if "norm" in tensor:
-            return torch.ones(shape, device="cuda", dtype=dtype)
-        return torch.randn(shape, device="cuda", dtype=dtype).mul_(0.02)
-
-    return DecoderModel(config, take, context).eval()
-
-
 @torch.inference_mode()
-def quantiles(engine: DecoderModel, state: DecodeState, context: int, tokens: int = 8) -> dict[float, list[float]]:
-    """For each level a threshold per projection: the quantile of |x| on a few tokens decoded at `context`."""
-    layers = list(sparse_layers(engine).values())
-    seen: list[list[Tensor]] = [[] for _ in layers]
-    for layer, inputs in zip(layers, seen, strict=True):
-        layer.observer = lambda x, inputs=inputs: inputs.append(x.float().abs().flatten())
-    for index in range(tokens):
-        decode_at(engine, state, token=97 * index + 5, position=context + index)
-    for layer in layers:
-        layer.observer = None
-    flat = [torch.cat(inputs) for inputs in seen]
-    return {level: [float(x.quantile(level)) if level else -1.0 for x in flat] for level in LEVELS}
-
-
-@torch.inference_mode()
-def decode_at(engine: DecoderModel, state: DecodeState, token: int, position: int) -> Tensor:
-    at = torch.tensor([position], device="cuda")
-    return engine.decode(torch.tensor([token], device="cuda"), at, state.cache)
-
-
-def set_thresholds(engine: DecoderModel, thresholds: list[float]) -> None:
-    for layer, threshold in zip(sparse_layers(engine).values(), thresholds, strict=True):
-        layer.set_threshold(threshold)
-
-
-def realised_sparsity(engine: DecoderModel, state: DecodeState, thresholds: list[float], context: int) -> float:
-    set_thresholds(engine, thresholds)
+def realised_sparsity(engine: DecoderModel, state: DecodeState, level: float, context: int, tokens: int = 8) -> float:
+    """On random tokens after `context`."""
+    set_sparsity(engine, level)
     meter = SparsityMeter(engine)
     with meter.measuring():
-        for index in range(4):
-            decode_at(engine, state, token=101 * index + 11, position=context + index)
+        for index in range(tokens):
+            token, at = (torch.tensor([value], device="cuda") for value in (101 * index + 11, context + index))
+            engine.decode(token, at, state.cache)
     return meter.sparsity()
 
 
 @torch.inference_mode()
 def check_step(engine: DecoderModel) -> float:
-    """The CUDA step against the reference's, dense, on the first blocks; exits if they differ."""
+    """The CUDA step of an engine without a plan against the reference's, on the first blocks; exits if they differ."""
     from teal.engine.cache import KVCache
     from teal.engine.decode_step import TokenPosition, reference_decode_step
 
-    set_thresholds(engine, [-1.0] * len(sparse_layers(engine)))
     blocks = engine.blocks[:2]
     caches = [KVCache(engine.new_cache(1, 512).blocks[:2], 512) for _ in range(2)]
     for ours, theirs in zip(*(cache.blocks for cache in caches), strict=True):

@@ -9,8 +9,8 @@ from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.model import DecoderModel
 from teal.linear import sparse_layers
-from teal.ops import nvrtc, reference
-from teal.ops.cuda_projection import CudaWeight
+from teal.ops import cuda_greedy, nvrtc, reference
+from teal.ops.cuda_weight import CudaWeight
 from teal.ops.sparse_gemv import pack, sparse_gemv
 
 pytestmark = [
@@ -39,12 +39,27 @@ def test_the_kernel_equals_the_reference(n, k, sparsity, dtype):
         assert torch.equal(got, sparse_gemv(x, packed, threshold, bias))
 
 
-@pytest.mark.parametrize("rows", [0, 2, 8, 9])
-def test_several_rows_keep_their_own_masks(rows):
-    weight, x = normal(96, 64, dtype=torch.float16), normal(rows, 64, dtype=torch.float16)
-    threshold = torch.tensor(0.5, device="cuda")
-    got = sparse_gemv(x, pack(weight), threshold)
-    torch.testing.assert_close(got, reference.sparse_gemv(x, weight, threshold), rtol=5e-3, atol=5e-2)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("n", "k"), [(96, 64), (1000, 1104), (14336, 4096), (4096, 14336), (11008, 4096)])
+@pytest.mark.parametrize("rows", [0, 2, 5, 8, 9])
+def test_several_rows_keep_their_own_masks(rows, n, k, dtype):
+    weight, x, bias = normal(n, k, dtype=dtype), normal(rows, k, dtype=dtype), normal(n, dtype=dtype)
+    for threshold in (torch.tensor(0.5), torch.rand(k)):
+        threshold = threshold.cuda()
+        got = sparse_gemv(x, pack(weight), threshold, bias)
+        want = reference.sparse_gemv(x.float(), weight.float(), threshold, bias.float())
+        assert (got.float() - want).norm() <= TOLERANCE[dtype] * want.norm()
+        assert torch.equal(got, sparse_gemv(x, pack(weight), threshold, bias))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_the_first_of_the_most_likely_tokens_is_chosen(dtype):
+    logits = normal(1, 128256, dtype=dtype)
+    best = int((logits[0] == logits.max()).nonzero()[0])
+    token = torch.zeros(1, dtype=torch.int64, device="cuda")
+    assert int(cuda_greedy.choose(logits, token, -1)) == int(token) == best
+    logits[0, 77777] = float("nan")
+    assert int(cuda_greedy.choose(logits, token, -1)) == -1
 
 
 def test_nan_is_kept():
@@ -94,11 +109,26 @@ def test_a_state_generates_the_same_again_and_follows_a_new_level(sampling, monk
     state = DecodeState.of(engine)
     first = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
     assert first == list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
+    graphs = {name: captured._graph for name, captured in state.captured.items()}
     for threshold in (0.5, torch.full((128,), 0.5)):  # in place, then of another shape: captured anew
         for name, layer in sparse_layers(engine).items():
             if layer.in_features == 128 and "o_proj" not in name:
                 layer.set_threshold(threshold)
         changed = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True, state=state))
+        same = all(captured._graph is graphs[name] for name, captured in state.captured.items())
+        assert same == isinstance(threshold, float)
         fresh = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True))
         assert changed == fresh
     assert changed != first
+
+
+def test_a_sparse_head(monkeypatch):
+    engine = tiny_engine("llama", None, monkeypatch)
+    state = DecodeState.of(engine)
+    dense = list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True, state=state))
+    engine.lm_head.set_sparsity(0.9)
+    sparse = list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True, state=state))
+    assert sparse != dense
+    assert sparse == list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True))
+    engine.lm_head.set_sparsity(0.0)
+    assert dense == list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True, state=state))

@@ -221,4 +221,20 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = 
     if missing := sorted(report["missing_keys"]):
         raise TealError(f"{directory} lacks {len(missing)} weights of its config.json, e.g. {missing[0]}")
     checkpoint.note_identity(model)
+    check_memory(sum(parameter.nbytes for parameter in model.parameters()), device)
     return model.to(device).eval()
+
+
+def check_memory(needed: int, device: str | torch.device) -> None:
+    """Raise TealError if weights of `needed` bytes exceed the free memory of a CUDA device; others are not asked."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > free:
+        needed_gb, free_gb, total_gb = (size / 2**30 for size in (needed, free, total))
+        raise TealError(
+            f"the model's weights take {needed_gb:.1f} GiB, {device} has {free_gb:.1f} of {total_gb:.1f} GiB free; "
+            "use a dtype of 16 bits, a smaller model or --device cpu"
+        )

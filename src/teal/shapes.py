@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from teal.blockwalk import compute_buffers
+from teal.checkpoint import check_memory
 from teal.errors import UsageError
 from teal.structure import ModelStructure
 
@@ -76,13 +77,16 @@ class RandomWeights:
     Tensors are made when asked for, so a model need not fit into memory twice. `shapes` has their names.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> None:
+    def __init__(
+        self, config: Any, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._values = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed)).mul_(0.02).to(dtype)
+        values = torch.randn(_PERIOD, generator=torch.Generator().manual_seed(seed)).mul_(0.02)
+        self._values = values.to(device, dtype)
         self._offsets, offset = {}, 0
         for name, shape in self.shapes.items():
             self._offsets[name] = offset
@@ -90,7 +94,7 @@ class RandomWeights:
                 offset = (offset + math.prod(shape)) % _PERIOD
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = torch.ones(self.shapes[name], dtype=self._values.dtype)
+        weight = torch.ones(self.shapes[name], dtype=self._values.dtype, device=self._values.device)
         if weight.ndim > 1:
             _tile(weight.view(-1), self._values, self._offsets[name])
         return weight
@@ -110,10 +114,11 @@ def random_engine(
     from teal.engine.model import DecoderModel
 
     config = shape_config(name)
-    weights = RandomWeights(config, dtype)
+    check_memory(EngineConfig.of(config).weights * dtype.itemsize, device)
+    weights = RandomWeights(config, dtype, device=device)
 
     def take(tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return weights[tensor if tensor.startswith("lm_head.") else f"model.{tensor}"].to(device)
+        return weights[tensor if tensor.startswith("lm_head.") else f"model.{tensor}"]
 
     chosen = replace(EngineConfig.of(config), quantization=quantization, head_quantization=head_quantization)
     return DecoderModel(chosen, take, context).eval()

@@ -56,7 +56,7 @@ struct Block {
 };
 struct Warp {
     Meeting shuffle;
-    uint32_t values[2][32];  // of this shuffle and the one before, which some lanes may not have read yet
+    uint32_t values[2][32][6];  // of this exchange and the one before, which some lanes may not have read yet
 };
 struct Copy {
     char* to;
@@ -250,21 +250,23 @@ static void check_shared(const void* address, size_t bytes) {
 static void allow_reading(const void* begin, size_t bytes) {
     readable[readable_count++] = {(const char*)begin, (const char*)begin + bytes};
 }
-static uint32_t exchange(uint32_t mask, uint32_t value, int from) {
-    if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
+using Values = const uint32_t[32][6];
+// What every lane of the warp brings.
+template <int COUNT>
+Values& exchange(const uint32_t (&own)[COUNT]) {
     Warp& warp = warps[running->number() / 32];
-    uint32_t* values = warp.values[warp.shuffle.phase % 2];
-    values[running->thread % 32] = value;
+    uint32_t(&values)[32][6] = warp.values[warp.shuffle.phase % 2];
+    memcpy(values[running->thread % 32], own, 4 * COUNT);
     wait(AT_SHUFFLE, &warp.shuffle, warp.shuffle.arrive());
-    return values[from];
+    return values;
 }
 template <class T>
 T shuffle(uint32_t mask, T value, int from) {
     static_assert(sizeof(T) == 4, "words only");
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    bits = exchange(mask, bits, from);
-    memcpy(&value, &bits, 4);
+    if (mask != 0xffffffffu) fail("a shuffle of a part of a warp");
+    uint32_t bits[1];
+    memcpy(bits, &value, 4);
+    memcpy(&value, exchange(bits)[from], 4);
     return value;
 }
 }  // namespace emulator
@@ -273,6 +275,7 @@ static inline void __syncthreads() {
     emulator::Meeting& barrier = emulator::blocks[emulator::running->block].barrier;
     emulator::wait(emulator::AT_BARRIER, &barrier, barrier.arrive());
 }
+static inline void __syncwarp() { emulator::exchange<1>({0}); }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int step) {
     return emulator::shuffle(mask, value, threadIdx.x % 32 ^ step);
@@ -364,6 +367,27 @@ void await_groups() {
             fiber.copies[kept++] = copy;
     }
     fiber.copies_count = kept;
+}
+static inline void load_matrices(uint32_t (&pairs)[4], const uint4* row) {
+    emulator::check_shared(row, 16);
+    const char* shared = (char*)emulator::shared_memory();
+    emulator::Values& rows = emulator::exchange<1>({uint32_t((const char*)row - shared)});
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; i++) {
+        const uint16_t *first = (const uint16_t*)(shared + rows[8 * i + 2 * (lane % 4)][0]),
+                       *second = (const uint16_t*)(shared + rows[8 * i + 2 * (lane % 4) + 1][0]);
+        pairs[i] = first[lane / 4] | (uint32_t)second[lane / 4] << 16;
+    }
+}
+static inline void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    emulator::Values& pairs = emulator::exchange<6>({a[0], a[1], a[2], a[3], b[0], b[1]});
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++) {
+            const uint32_t one = pairs[lane / 4 * 4 + k % 8 / 2][i / 2 + k / 8 * 2],
+                           two = pairs[(lane % 4 * 2 + i % 2) * 4 + k % 8 / 2][4 + k / 8];
+            sums[i] += to_float(uint16_t(one >> k % 2 * 16)) * to_float(uint16_t(two >> k % 2 * 16));
+        }
 }
 static inline void prefetch_l2(const void*) {}
 static inline float load_fresh(const float* address) { return *address; }

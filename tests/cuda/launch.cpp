@@ -9,9 +9,14 @@ static Arguments launched;
 EXPORTED const char* run_kernel(const Arguments* arguments, int grid, int cluster, long shared_bytes, int order) {
     launched = *arguments;
     emulator::readable_count = 0;
-#ifdef CHANNELS
+#if defined INPUT
     for (int i = 0; i < launched.count; i++)
         emulator::allow_reading(launched.projections[i].weight, 2l * CHANNELS * launched.projections[i].outputs);
+#elif defined CHANNELS
+    emulator::allow_reading(launched.weight, 2l * CHANNELS * launched.outputs);
+#elif defined HEADS
+    const long cache = 2l * KV_HEADS * launched.capacity * HEAD_DIM;
+    emulator::allow_reading(launched.keys, cache), emulator::allow_reading(launched.values, cache);
 #endif
     return emulator::run(grid, THREADS, cluster, shared_bytes, order, [] { KERNEL(launched); });
 }

@@ -67,7 +67,7 @@ class Arguments(ctypes.Structure):
 
 
 def run(folder: Path, which: int) -> list[float]:
-    macros = {"BF16": False, "THREADS": 64, "CLUSTER": 2, "CHANNELS": 1}
+    macros = {"BF16": False, "THREADS": 64, "CLUSTER": 2, "CHANNELS": 1, "INPUT": 0}
     kernel = EmulatedKernel(compiled(folder, SOURCE, "faulty", macros), 256 + 1024, 64)
     result, memory = (ctypes.c_float * 128)(), (ctypes.c_char * 64)()
     place = (ctypes.addressof(memory) + 15) // 16 * 16

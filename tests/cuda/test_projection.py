@@ -10,15 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import EmulatedDevice, needs_compiler
+from exact import BRAIN, HALF, INFINITY, integers, threshold_of
 from torch import Tensor
 
 from teal.ops import reference
 from teal.ops.cuda_projection import Operands, Projection, Tuning, choose_tuning, shared_bytes
 
 pytestmark = needs_compiler
-HALF, BRAIN = torch.float16, torch.bfloat16
 TOLERANCE = {HALF: 2e-3, BRAIN: 1.6e-2}  # of the largest output
-INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,6 @@ class Problem:
     eps: float = 0.0
 
 
-def integers(*size: int, most: int = 9, parts: int = 1, dtype: torch.dtype) -> Tensor:
-    return (torch.randint(-most, most + 1, size) / parts).to(dtype)
-
-
 def exact_inputs(shape: Shape) -> tuple[Tensor, Tensor | None, Tensor]:
     """given, norm and x: what happens to `given` is exact, too."""
     channels, dtype = shape.channels, shape.dtype
@@ -107,26 +102,6 @@ def exact_problem(shape: Shape, thresholds: str, biases: str) -> Problem:
     residual = integers(shape.outputs[0], most=99, parts=8, dtype=shape.dtype) if biases == "all" else None
     every = tuple(threshold_of(thresholds, x, index) for index in range(len(weights)))
     return Problem(given, norm, x, weights, every, tuple(both), residual)
-
-
-def threshold_of(name: str, x: Tensor, index: int) -> Tensor:
-    magnitudes = x.abs().float()
-    if name == "mixed":
-        name = ("tie", "each", "zero")[index]
-    if name == "each":
-        threshold = magnitudes.clone()  # ties
-        threshold[1::5] = -1.0
-        threshold[2::5] = 0.0
-        threshold[3::5] -= 0.125
-        threshold[4::5] = INFINITY
-        return threshold.roll(index)
-    some = magnitudes[magnitudes > 0]
-    tie = float(some.quantile(0.6, interpolation="nearest")) if len(some) else 0.0
-    of_name = {
-        "all": -1.0, "zero": 0.0, "tie": tie, "below-a-tie": tie * (1 - 2**-20),
-        "none": float(magnitudes.max()), "infinite": INFINITY,
-    }  # fmt: skip
-    return torch.tensor(of_name[name])
 
 
 def kernel_results(shape: Shape, problem: Problem) -> list[Tensor]:

@@ -9,9 +9,11 @@ from engine_models import random_model
 from helpers import tiny_config, tiny_plan
 from safetensors.torch import load_file, save_file
 
+from teal.checkpoint import check_memory, load_model
 from teal.engine import load_engine
 from teal.engine.config import EngineConfig
 from teal.engine.load import DEFAULT_CONTEXT
+from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
 from teal.structure import identify
 
@@ -159,3 +161,35 @@ def test_a_directory_without_a_model_is_a_clear_error(tmp_path, directory):
     shutil.copy(directory / "config.json", tmp_path)
     with pytest.raises(TealError, match="no weights"):
         load_engine(tmp_path)
+
+
+class TestAGpuThatIsTooSmall:
+    @pytest.fixture(autouse=True)
+    def _gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2**30))
+        for name in ("memory_reserved", "memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+
+    @pytest.mark.parametrize("load", [load_model, load_engine], ids=["transformers", "engine"])
+    def test_is_refused_before_weights_are_moved(self, load, directory, monkeypatch):
+        monkeypatch.setattr("teal.engine.load._device", torch.device)
+        with pytest.raises(
+            TealError, match=r"weights take 0\.0 GiB, cuda has 0\.0 of 1\.0 GiB free; use a dtype of 16"
+        ):
+            load(directory, device="cuda")
+
+    def test_memory_that_torch_holds_counts_as_free(self, monkeypatch):
+        check_memory(1000, "cuda")
+        check_memory(1 << 40, "cpu")
+        with pytest.raises(TealError):
+            check_memory(1500, "cuda")
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+        check_memory(1500, "cuda")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_that_are_counted_are_those_of_the_model(tied, monkeypatch):
+    config = EngineConfig.of(tiny_config("qwen3", tie_word_embeddings=tied))
+    monkeypatch.setenv("TEAL_LAYOUT", "channel_major")  # which copies
+    model = DecoderModel(config, lambda name, shape: torch.zeros(shape), 8)
+    assert config.weights == sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)

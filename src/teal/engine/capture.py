@@ -14,8 +14,8 @@ class CapturedToken:
     """`run`, which decodes one token of `engine` over static buffers and a `cache`, as a graph.
 
     Positions may grow and thresholds may change in place without another capture; where tensors were replaced
-    (thresholds of another shape, another cache), the next call captures anew. Before a capture `run` is called
-    once to warm up; `buffers` are what it changes, and get their values back.
+    (thresholds of another shape, another cache) or the head's sparsity changed, the next call captures anew. Before a
+    capture `run` is called once to warm up; `buffers` are what it changes, and get their values back.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class CapturedToken:
         self._engine, self._cache, self._buffers, self._run = engine, cache, buffers, run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Tensor | None = None
-        self._revision = 0  # of the step's launches in the graph; they count from 1
+        self._captured: tuple[int, float] | None = None  # revision of the step's launches, sparsity of the head
 
     @staticmethod
     def serves(engine: DecoderModel, batch: int) -> bool:
@@ -36,12 +36,12 @@ class CapturedToken:
         """Run the token; the next call overwrites what `run` returned. Nothing waits for the host."""
         step = self._engine.decode_step
         assert isinstance(step, CudaDecodeStep)
-        revision = step.refresh(self._engine.blocks, self._cache)
+        now = step.refresh(self._engine.blocks, self._cache), self._engine.lm_head.sparsity
         if step.observed:
             return self._run()
-        if revision != self._revision:
+        if now != self._captured:
             self._capture()
-            self._revision = revision
+            self._captured = now
         assert self._graph is not None
         assert self._result is not None
         self._graph.replay()

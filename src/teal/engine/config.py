@@ -79,6 +79,12 @@ class EngineConfig:
     def blocks(self) -> int:
         return len(self.windows)
 
+    @property
+    def weights(self) -> int:
+        """Numbers in the matrices; an LM head counts where it is tied, too, as it is packed on its own."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return self.hidden_size * (self.blocks * (attention + 3 * self.intermediate_size) + 2 * self.vocab_size)
+
     @classmethod
     def of(cls, config: Any, eos_token_id: int | list[int] | None = None) -> "EngineConfig":
         """Read a transformers config. `eos_token_id` (generation settings) goes before the config's own.

@@ -16,7 +16,8 @@ from teal.engine.config import EngineConfig
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.linear import SparseLinear
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import CudaWeight, Operands, Projection
+from teal.ops.cuda_projection import Operands, Projection
+from teal.ops.cuda_weight import CudaWeight
 
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
@@ -132,12 +133,14 @@ class CudaDecodeStep:
         self._launches = [
             launch
             for index, (block, block_cache) in enumerate(zip(blocks, cache.blocks, strict=True))
-            for launch in self._block_launches(block, block_cache, first=index == 0)
+            for launch in self._block_launches(block, block_cache, index == 0, *blocks[index + 1 : index + 2])
         ]
         self._revision += 1
         return self._revision
 
-    def _block_launches(self, block: DecoderBlock, cache: BlockCache, first: bool) -> list[nvrtc.Launch]:
+    def _block_launches(
+        self, block: DecoderBlock, cache: BlockCache, first: bool, following: DecoderBlock | None = None
+    ) -> list[nvrtc.Launch]:
         attention, mlp, eps = block.self_attn, block.mlp, self._config.rms_norm_eps
         query, key = attention.q_proj.out_features, attention.k_proj.out_features
         q, k, v = self._qkv.split((query, key, key))
@@ -152,18 +155,35 @@ class CudaDecodeStep:
         ]
         down = [self._operands(mlp.down_proj, self._hidden)]
         norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
+        # What each projection's launch after it reads first.
+        after_qkv = [self._threshold(attention.o_proj)]
+        after_o = [self._threshold(mlp.gate_proj), self._threshold(mlp.up_proj), norms[1]]
+        after_gate_up = [self._threshold(mlp.down_proj)]
+        after_down = []
+        if following is not None:
+            after_down = [*map(self._threshold, following.projections[:3]), following.input_layernorm.weight]
         return [
-            self._project_qkv.prepared(self._hidden, qkv, norms[0], eps=eps, dependent=not first),
+            self._project_qkv.prepared(
+                self._hidden, qkv, norms[0], eps=eps, following=after_qkv, dependent=not first
+            ),
             self._attend(block, cache),
-            self._project_o.prepared(self._attended, o, residual=self._hidden, dependent=True),
-            self._project_gate_up.prepared(self._middle, gate_up, norms[1], eps=eps, dependent=True),
-            self._project_down.prepared(self._gate_up, down, residual=self._middle, dependent=True),
-        ]
+            self._project_o.prepared(
+                self._attended, o, residual=self._hidden, following=after_o, dependent=True
+            ),
+            self._project_gate_up.prepared(
+                self._middle, gate_up, norms[1], eps=eps, following=after_gate_up, dependent=True
+            ),
+            self._project_down.prepared(
+                self._gate_up, down, residual=self._middle, following=after_down, dependent=True
+            ),
+        ]  # fmt: skip
+
+    def _threshold(self, layer: SparseLinear) -> Tensor:
+        return self._keep_all if layer.always_dense else layer.threshold
 
     def _operands(self, layer: SparseLinear, y: Tensor) -> Operands:
-        if layer.always_dense:
-            return Operands(layer.packed.storage[0], self._keep_all, y, layer.bias)
-        return Operands(layer.packed.storage[0], layer.threshold, y, layer.bias, layer.sparse_bias)
+        sparse_bias = None if layer.always_dense else layer.sparse_bias
+        return Operands(layer.packed.storage[0], self._threshold(layer), y, layer.bias, sparse_bias)
 
     def _attend(self, block: DecoderBlock, cache: BlockCache) -> nvrtc.Launch:
         attention = block.self_attn
@@ -198,4 +218,6 @@ def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int) -> d
 def attention_shared_bytes(config: EngineConfig) -> int:
     """Size of `Shared` in attention.cu."""
     group, warps = config.heads // config.kv_heads, ATTENTION_THREADS // 32
-    return 4 * (group * (config.head_dim + 1024 + 3) + warps * config.head_dim) + 64
+    at_once = next(count for count in (4, 3, 2, 1) if group % count == 0)
+    slots = max(12 * 16 * ATTENTION_THREADS, 4 * at_once * warps * config.head_dim)
+    return slots + 4 * (group * config.head_dim + 2 * at_once * warps + config.head_dim) + 64

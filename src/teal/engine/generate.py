@@ -15,6 +15,7 @@ from teal.engine.model import DecoderModel
 from teal.engine.sampling import Sampler, SamplingConfig
 from teal.engine.text import Detokenizer, StopStrings
 from teal.errors import TealError, UsageError
+from teal.ops import cuda_greedy
 
 _INVALID = -1  # what the host reads for a token whose logits are not finite
 
@@ -100,6 +101,8 @@ def _captured(engine: DecoderModel, state: DecodeState, name: str, run: Callable
 
 
 def _choose(logits: Tensor, state: DecodeState, sampler: Sampler) -> Tensor:
+    if sampler.is_greedy and cuda_greedy.serves(logits):
+        return cuda_greedy.choose(logits, state.token, _INVALID)
     state.token.copy_(sampler(logits))
     return torch.where(logits.sum(dim=-1, dtype=torch.float32).isfinite(), state.token, _INVALID)
 

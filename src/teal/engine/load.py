@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teal.checkpoint import Checkpoint, load_config
+from teal.checkpoint import Checkpoint, check_memory, load_config
 from teal.engine.config import EngineConfig
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
@@ -38,8 +38,8 @@ def load_engine(
     while they are loaded, `head_quantization` the LM head. On the CPU, weights that keep dtype and layout stay
     memory-mapped: do not overwrite the files while the engine lives.
     Raises TealError for a config the engine does not support, for tensors that are missing, unexpected or of
-    the wrong shape (naming them) and for a plan that does not fit; UsageError for a dtype or a device that
-    there is not.
+    the wrong shape (naming them), for a plan that does not fit and for a GPU that is too small; UsageError for a
+    dtype or a device that there is not.
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory)
@@ -47,7 +47,9 @@ def load_engine(
     if config.tied_embeddings and _has_own_head(checkpoint):
         config = replace(config, tied_embeddings=False)
     config = replace(config, quantization=quantization, head_quantization=head_quantization)
-    take = _CheckpointTensors(checkpoint, _dtype(dtype, config, checkpoint), _device(device))
+    device, dtype = _device(device), _dtype(dtype, config, checkpoint)
+    check_memory(config.weights * dtype.itemsize, device)
+    take = _CheckpointTensors(checkpoint, dtype, device)
     if context is None:
         context = min(config.max_positions, DEFAULT_CONTEXT)
     model = DecoderModel(config, take, context).eval()

@@ -12,7 +12,6 @@ from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.decode_step import TokenPosition, choose_decode_step
 from teal.errors import TealError
 from teal.linear import SparseHead
-from teal.ops.packed import RowMajorWeight
 from teal.ops.sparse_gemv import pack
 
 
@@ -45,7 +44,7 @@ class DecoderModel(nn.Module):
         shape = (config.vocab_size, config.hidden_size)
         head = embeddings if config.tied_embeddings else take("lm_head.weight", shape)
         head = head.detach()
-        self.lm_head = SparseHead(pack(head, config.head_quantization) if head.is_cpu else RowMajorWeight.pack(head))
+        self.lm_head = SparseHead(pack(head, config.head_quantization))
         cos, sin = _rotary_tables(config, context)
         self.register_buffer("cos", cos.to(embeddings), persistent=False)
         self.register_buffer("sin", sin.to(embeddings), persistent=False)

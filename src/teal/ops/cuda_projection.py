@@ -3,14 +3,11 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from teal.ops import nvrtc
-from teal.ops.packed import ChannelMajorWeight
-from teal.ops.reference import drop_small
 
 KINDS = ("plain", "normalized", "gated")  # of inputs, in the order of projection.cu
 MOST_VECTORS = 8  # of 4 input channels that a thread holds
@@ -43,6 +40,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         ("projections", _Projection * 3),
         *((name, ctypes.c_void_p) for name in ("x", "norm", "residual")),
+        ("next", ctypes.c_void_p * 4),
+        ("next_bytes", ctypes.c_int * 4),
         ("count", ctypes.c_int),
         ("eps", ctypes.c_float),
     ]
@@ -74,7 +73,7 @@ class Projection:
         kind: str = "plain",
         tuning: Tuning | None = None,
     ) -> None:
-        self.tuning = tuning or choose_tuning(channels, outputs, _multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+        self.tuning = tuning or choose_tuning(channels, outputs, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
         self.macros = {
             **_tuning_macros(self.tuning, dtype), "CHANNELS": channels, "INPUT": KINDS.index(kind),
         }  # fmt: skip
@@ -92,10 +91,12 @@ class Projection:
         residual: Tensor | None = None,
         eps: float = 0.0,
         *,
+        following: Sequence[Tensor] = (),
         dependent: bool = False,
     ) -> nvrtc.Launch:
         """A launch with these addresses; x [K], or gate and up [2 K]; norm [K], residual [N]. They must outlive it.
 
+        `following`: up to four tensors that the launch after it reads first, fetched into the second-level cache.
         `dependent`: see `nvrtc.Kernel.prepared`; weights, thresholds and norms must then be older.
         """
         arguments = _Arguments(x=_address(x), norm=_address(norm), residual=_address(residual))
@@ -104,51 +105,19 @@ class Projection:
             slot.weight, slot.threshold, slot.y = _address(of.weight), _address(of.threshold), _address(of.y)
             slot.bias, slot.sparse_bias = _address(of.bias), _address(of.sparse_bias)
             slot.outputs, slot.threshold_each = of.weight.shape[1], of.threshold.ndim
+        for index, tensor in enumerate(following):
+            arguments.next[index], arguments.next_bytes[index] = tensor.data_ptr(), tensor.nbytes
         return self.kernel.prepared(
             self.blocks, self.tuning.threads, arguments, cluster=self.tuning.cluster, dependent=dependent
         )
-
-
-class CudaWeight(ChannelMajorWeight):
-    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, several are masked and multiplied densely."""
-
-    layout = "cuda"
-
-    @classmethod
-    def refusal(cls, weight: Tensor) -> str | None:
-        n, k = weight.shape
-        if reason := nvrtc.unavailable():
-            return reason
-        if not weight.is_cuda:
-            return "it is not on a CUDA device"
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
-        if n % 8 or k % 8 or k > 32768:
-            return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
-        return None
-
-    def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
-        if x.shape[0] != 1:
-            return self.dense_gemm(drop_small(x, threshold), bias)
-        n, k = self.shape
-        x, y = x.contiguous(), torch.empty((1, n), dtype=x.dtype, device=x.device)
-        with torch.cuda.device(x.device):
-            kernel = _kernel(k, n, x.dtype, torch.cuda.current_device())
-            launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)])
-            launch.start(torch.cuda.current_stream().cuda_stream)
-        return y
-
-
-@cache
-def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Projection:
-    return Projection(channels, (outputs,), dtype)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
+    """Of the current device."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
@@ -173,13 +142,14 @@ def shared_bytes(channels: int, tuning: Tuning) -> int:
 def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, largest_cluster: int = 2) -> Tuning:
     """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together.
 
-    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes and more do, and
-    consecutive kernels overlap best when each has one block on every multiprocessor.
+    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes and more do,
+    consecutive kernels overlap best when each has one block on every multiprocessor, and blocks that own a tile alone
+    want fewer weights on their way than those that share one.
     """
     best: tuple[float, Tuning] | None = None
     for cluster in range(1, largest_cluster + 1):
         for width in range(8, 33, 2):
-            tuning = Tuning(width, cluster)
+            tuning = Tuning(width, cluster, depth=6 if cluster == 1 else 8)
             if channels % (8 * cluster) or -(-channels // (4 * cluster * tuning.threads)) > MOST_VECTORS:
                 continue
             if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from teal.ops.cpu import CpuInt4Weight, CpuInt8Weight, CpuWeight
-from teal.ops.cuda_projection import CudaWeight
+from teal.ops.cuda_weight import CudaWeight
 from teal.ops.packed import ChannelMajorWeight, PackedWeight, RowMajorWeight
 
 LAYOUTS: dict[str, type[PackedWeight]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from teal.errors import TealError
 from teal.ops import native
-from teal.ops.cuda_projection import CudaWeight
+from teal.ops.cuda_weight import CudaWeight
 from teal.ops.layouts import LAYOUTS, restore
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.reference import drop_small, first_sparse_token

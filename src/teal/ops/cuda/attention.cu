@@ -1,6 +1,9 @@
 // Attention of one token: rotary embedding of its queries and key (normalized first where the model does), its place in
-// the cache, and softmax over the cached positions. A block per key head and share of the positions; the last block of
-// a head to finish adds up the shares, in order.
+// the cache, and softmax over the cached positions. A block per key head and share of the positions; each of its warps
+// keeps a softmax of its own over every so many of them. The last block of a head to finish adds up the shares, in order.
+//
+// The position, the rotation and what is cached were there before the token's first kernel: the first keys and values
+// are on their way while the queries are still being computed.
 //
 // Macros: HEADS, KV_HEADS, HEAD_DIM, NORM_QK, MAX_SHARES, and those of common.cuh.
 
@@ -19,61 +22,104 @@ struct Arguments {
 
 constexpr int GROUP = HEADS / KV_HEADS;          // query heads that share a key head
 constexpr int PARTIAL = GROUP * (HEAD_DIM + 2);  // what a share gives: sums, then largest scores and weights
-constexpr int TILE_POSITIONS = 1024;             // scored at a time
+constexpr int HALF = HEAD_DIM / 2, TURNS = divided_up(HALF, 32);
 constexpr int LANES = HEAD_DIM / 8;            // threads that hold one key or value
 constexpr int AT_ONCE = GROUP % 4 == 0 ? 4 : GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1;  // query heads of a thread
-constexpr int AT_A_TIME = 4;                   // keys or values of a thread on their way
+constexpr int AT_A_TIME = 2, AHEAD = 3;        // positions that a thread takes together, and how often ahead
 constexpr int SETS = GROUP / AT_ONCE;          // warps split into sets, each for AT_ONCE heads
 constexpr int SET_WARPS = WARPS / SETS;
 constexpr int SET_LANES = SET_WARPS * 32 / LANES;  // positions that a set scores at a time
+constexpr float LEAST = -1e30f;                    // finite, so that differences are no NaN
 static_assert(SET_WARPS > 0 && 32 % LANES == 0 && HEAD_DIM % 8 == 0, "this head layout is not supported");
 
-
 struct Shared {
-    float query[GROUP * HEAD_DIM];
-    float scores[GROUP * TILE_POSITIONS];
-    float sums[SETS * SET_WARPS * HEAD_DIM];
-    float largest[GROUP], weight[GROUP], rescale[GROUP];
+    union {
+        uint4 slots[AHEAD][2 * AT_A_TIME][THREADS];  // of keys and values on their way; a thread uses its own only
+        float sums[AT_ONCE][SETS * SET_WARPS][HEAD_DIM];
+    };
+    alignas(16) float query[GROUP * HEAD_DIM];
+    float largest[AT_ONCE][SETS * SET_WARPS], weight[AT_ONCE][SETS * SET_WARPS];
+    alignas(16) u16 key[HEAD_DIM], value[HEAD_DIM];  // of this token
     u32 is_last;
 };
 
-// A head of q or k by one warp: normalized where the model does, and rotated; put(dimension, value) takes the result.
-template <class Put>
-__device__ __forceinline__ void rotate_head(const Arguments& arguments, const u16* head, const u16* norm, Put put) {
-    constexpr int HALF = HEAD_DIM / 2, TURNS = divided_up(HALF, 32);
-    const int lane = threadIdx.x % 32;
-    float first[TURNS], second[TURNS];
-    float squares = 0.f;
+// Cosines and sines of the dimensions that a lane rotates: `first` and HALF after it, HALF being the pair's distance.
+struct Rotation {
+    float cosine[2][TURNS], sine[2][TURNS];
+    __device__ __forceinline__ explicit Rotation(const Arguments& arguments) {
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        const int i = lane + 32 * turn;
-        first[turn] = i < HALF ? to_float(head[i]) : 0.f;
-        second[turn] = i < HALF ? to_float(head[i + HALF]) : 0.f;
-        squares += first[turn] * first[turn] + second[turn] * second[turn];
+        for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int i = (int)threadIdx.x % 32 + 32 * turn, at = i + half * HALF;
+                cosine[half][turn] = i < HALF ? to_float(arguments.cosine[at]) : 0.f;
+                sine[half][turn] = i < HALF ? to_float(arguments.sine[at]) : 0.f;
+            }
     }
-    const float scale = NORM_QK ? rsqrtf(warp_sum(squares) / HEAD_DIM + arguments.eps) : 1.f;
+    // A head of q or k by one warp: normalized where the model does, and rotated; put(dimension, value) takes the result.
+    template <class Put>
+    __device__ __forceinline__ void rotate(const u16* head, const u16* norm, float eps, Put put) const {
+        const int lane = threadIdx.x % 32;
+        float first[TURNS], second[TURNS];
+        float squares = 0.f;
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        const int i = lane + 32 * turn;
-        if (i >= HALF) continue;
-        float a = first[turn], b = second[turn];
-        if (NORM_QK) {
-            a = rounded(to_float(norm[i]) * rounded(a * scale));
-            b = rounded(to_float(norm[i + HALF]) * rounded(b * scale));
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int i = lane + 32 * turn;
+            first[turn] = i < HALF ? to_float(head[i]) : 0.f;
+            second[turn] = i < HALF ? to_float(head[i + HALF]) : 0.f;
+            squares += first[turn] * first[turn] + second[turn] * second[turn];
         }
-        const u16 *cosine = arguments.cosine, *sine = arguments.sine;
-        put(i, rounded(a * to_float(cosine[i]) - b * to_float(sine[i])));
-        put(i + HALF, rounded(b * to_float(cosine[i + HALF]) + a * to_float(sine[i + HALF])));
+        const float scale = NORM_QK ? rsqrtf(warp_sum(squares) / HEAD_DIM + eps) : 1.f;
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int i = lane + 32 * turn;
+            if (i >= HALF) continue;
+            float a = first[turn], b = second[turn];
+            if (NORM_QK) {
+                a = rounded(to_float(norm[i]) * rounded(a * scale));
+                b = rounded(to_float(norm[i + HALF]) * rounded(b * scale));
+            }
+            put(i, rounded(a * cosine[0][turn] - b * sine[0][turn]));
+            put(i + HALF, rounded(b * cosine[1][turn] + a * sine[1][turn]));
+        }
     }
+};
+
+// Softmax of one query head over the positions that a thread has seen, for 8 dimensions of the values.
+struct Softmax {
+    float largest, weight, sums[8];
+    __device__ __forceinline__ void rescale(float most) {
+        const float scale = __expf(largest - most);
+        largest = most;
+        weight *= scale;
+#pragma unroll
+        for (int i = 0; i < 8; i++) sums[i] *= scale;
+    }
+    // Over the lanes of a warp that hold the same dimensions.
+    __device__ __forceinline__ void add_up() {
+#pragma unroll
+        for (int step = LANES; step < 32; step <<= 1) {
+            rescale(fmaxf(largest, __shfl_xor_sync(ALL, largest, step)));
+            weight += __shfl_xor_sync(ALL, weight, step);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sums[i] += __shfl_xor_sync(ALL, sums[i], step);
+        }
+    }
+};
+
+__device__ __forceinline__ float dot(const float (&query)[8], uint4 key) {
+    return to_float(low(key.x)) * query[0] + to_float(high(key.x)) * query[1] + to_float(low(key.y)) * query[2] +
+           to_float(high(key.y)) * query[3] + to_float(low(key.z)) * query[4] + to_float(high(key.z)) * query[5] +
+           to_float(low(key.w)) * query[6] + to_float(high(key.w)) * query[7];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_constant__ Arguments arguments) {
     extern __shared__ uint4 dynamic_shared[];
     Shared& shared = *(Shared*)dynamic_shared;
     allow_next_kernel();
-    await_previous_kernel();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int head = (int)blockIdx.x % KV_HEADS, share = (int)blockIdx.x / KV_HEADS;
+    const Rotation rotation(arguments);
     const int position = (int)*arguments.position, window = arguments.window;
     const int seen = window && position + 1 > window ? window : position + 1, oldest = position + 1 - seen;
     int shares = smaller(MAX_SHARES, divided_up(seen, arguments.positions_per_share));
@@ -81,137 +127,135 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_con
     shares = divided_up(seen, per_share);  // none is empty
     if (share >= shares) return;
     const int begin = oldest + share * per_share, end = smaller(begin + per_share, position + 1);
+    const bool has_token = end == position + 1;
+    const int cached = has_token ? position : end;
     u16* keys = arguments.keys + (u64)head * arguments.capacity * HEAD_DIM;
     u16* values = arguments.values + (u64)head * arguments.capacity * HEAD_DIM;
-    const u16 *new_key = arguments.qkv + (HEADS + head) * HEAD_DIM, *new_value = new_key + KV_HEADS * HEAD_DIM;
-
-    for (int task = warp; task < GROUP + 2; task += WARPS) {
-        if (task < GROUP)
-            rotate_head(arguments, arguments.qkv + (head * GROUP + task) * HEAD_DIM, arguments.norm_q,
-                        [&](int i, float value) { shared.query[task * HEAD_DIM + i] = value * rsqrtf((float)HEAD_DIM); });
-        else if (end == position + 1 && task == GROUP)
-            rotate_head(arguments, new_key, arguments.norm_k,
-                        [&](int i, float value) { keys[(u64)position * HEAD_DIM + i] = to_bits(value); });
-        else if (end == position + 1)
-            for (int i = lane; i < HEAD_DIM; i += 32) values[(u64)position * HEAD_DIM + i] = new_value[i];
-    }
-    for (int g = threadIdx.x; g < GROUP; g += THREADS) {
-        shared.largest[g] = -__uint_as_float(0x7f800000u);
-        shared.weight[g] = 0.f;
-    }
-    __syncthreads();
 
     const int set = warp / SET_WARPS;  // warps beyond the last whole set only keep the barriers
     const bool works = set < SETS;
     const int slot = ((int)threadIdx.x - set * SET_WARPS * 32) / LANES, dimension = 8 * (lane % LANES);
-    float sums[AT_ONCE][8] = {};
-    for (int first = begin; first < end; first += TILE_POSITIONS) {
-        const int count = smaller(TILE_POSITIONS, end - first);
-        if (works) {
-            for (int p = slot; p < count; p += SET_LANES)  // values are wanted soon
-                prefetch_l2(values + (u64)(first + p) * HEAD_DIM + dimension);
-            const int rounds = divided_up(count, SET_LANES);
-            for (int round = 0; round < rounds; round += AT_A_TIME) {
-                uint4 key[AT_A_TIME];
+    // The thread's positions are begin + slot + i SET_LANES; AT_A_TIME of them form a round.
+    const auto start = [&](int round) {
 #pragma unroll
-                for (int r = 0; r < AT_A_TIME; r++) {
-                    const int p = (round + r) * SET_LANES + slot;
-                    key[r] = p < count ? *(const uint4*)(keys + (u64)(first + p) * HEAD_DIM + dimension)
-                                       : make_uint4(0, 0, 0, 0);
-                }
+        for (int r = 0; r < AT_A_TIME; r++) {
+            const int p = begin + slot + (round * AT_A_TIME + r) * SET_LANES;
+            if (p >= cached) continue;
+            uint4* to = &shared.slots[round % AHEAD][2 * r][threadIdx.x];
+            start_copy(to, (const char*)(keys + (u64)p * HEAD_DIM + dimension));
+            start_copy(to + THREADS, (const char*)(values + (u64)p * HEAD_DIM + dimension));
+        }
+        end_group();
+    };
+    if (works)
+        for (int round = 0; round < AHEAD; round++) start(round);
+
+    await_previous_kernel();
+    const u16 *new_key = arguments.qkv + (HEADS + head) * HEAD_DIM, *new_value = new_key + KV_HEADS * HEAD_DIM;
+    for (int task = warp; task < GROUP + 2; task += WARPS) {
+        if (task < GROUP)
+            rotation.rotate(
+                arguments.qkv + (head * GROUP + task) * HEAD_DIM, arguments.norm_q, arguments.eps,
+                [&](int i, float value) { shared.query[task * HEAD_DIM + i] = value * rsqrtf((float)HEAD_DIM); });
+        else if (has_token && task == GROUP)
+            rotation.rotate(new_key, arguments.norm_k, arguments.eps, [&](int i, float value) {
+                shared.key[i] = keys[(u64)position * HEAD_DIM + i] = to_bits(value);
+            });
+        else if (has_token)
+            for (int i = lane; i < HEAD_DIM; i += 32)
+                shared.value[i] = values[(u64)position * HEAD_DIM + i] = new_value[i];
+    }
+    __syncthreads();
+
+    Softmax softmax[AT_ONCE];
+#pragma unroll
+    for (int g = 0; g < AT_ONCE; g++) softmax[g] = {LEAST, 0.f, {}};
+    if (works) {
+        float query[AT_ONCE][8];
+#pragma unroll
+        for (int g = 0; g < AT_ONCE; g++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) query[g][i] = shared.query[(set * AT_ONCE + g) * HEAD_DIM + dimension + i];
+        for (int round = 0; begin + round * AT_A_TIME * SET_LANES < end; round++) {
+            const int first = begin + slot + round * AT_A_TIME * SET_LANES;
+            await_groups<AHEAD - 1>();
+            float scores[AT_ONCE][AT_A_TIME];
+#pragma unroll
+            for (int r = 0; r < AT_A_TIME; r++) {
+                const int p = first + r * SET_LANES;
+                const u16* own = p < cached ? (const u16*)&shared.slots[round % AHEAD][2 * r][threadIdx.x] : shared.key + dimension;
+                const uint4 key = *(const uint4*)own;
 #pragma unroll
                 for (int g = 0; g < AT_ONCE; g++) {
-                    const float* q = shared.query + (set * AT_ONCE + g) * HEAD_DIM + dimension;
-                    float query[8];
+                    float score = dot(query[g], key);
 #pragma unroll
-                    for (int i = 0; i < 8; i++) query[i] = q[i];
-#pragma unroll
-                    for (int r = 0; r < AT_A_TIME; r++) {
-                        const uint4 k = key[r];
-                        float dot = to_float(low(k.x)) * query[0] + to_float(high(k.x)) * query[1] +
-                                    to_float(low(k.y)) * query[2] + to_float(high(k.y)) * query[3] +
-                                    to_float(low(k.z)) * query[4] + to_float(high(k.z)) * query[5] +
-                                    to_float(low(k.w)) * query[6] + to_float(high(k.w)) * query[7];
-#pragma unroll
-                        for (int step = LANES / 2; step > 0; step >>= 1) dot += __shfl_xor_sync(ALL, dot, step);
-                        const int p = (round + r) * SET_LANES + slot;
-                        if (p < count && lane % LANES == 0)
-                            shared.scores[(set * AT_ONCE + g) * TILE_POSITIONS + p] = dot;
-                    }
+                    for (int step = LANES / 2; step > 0; step >>= 1) score += __shfl_xor_sync(ALL, score, step);
+                    scores[g][r] = p < end ? score : -__uint_as_float(0x7f800000u);
                 }
             }
-        }
-        __syncthreads();
-        for (int g = warp; g < GROUP; g += WARPS) {
-            float* scores = shared.scores + g * TILE_POSITIONS;
-            float largest = shared.largest[g];
-            for (int p = lane; p < count; p += 32) largest = fmaxf(largest, scores[p]);
-            largest = warp_max(largest);
-            float weight = 0.f;
-            for (int p = lane; p < count; p += 32) {
-                scores[p] = __expf(scores[p] - largest);
-                weight += scores[p];
+#pragma unroll
+            for (int g = 0; g < AT_ONCE; g++) {
+                float most = softmax[g].largest;
+#pragma unroll
+                for (int r = 0; r < AT_A_TIME; r++) most = fmaxf(most, scores[g][r]);
+                softmax[g].rescale(most);
+#pragma unroll
+                for (int r = 0; r < AT_A_TIME; r++) {
+                    scores[g][r] = __expf(scores[g][r] - most);
+                    softmax[g].weight += scores[g][r];
+                }
             }
-            weight = warp_sum(weight);
-            if (lane == 0) {
-                shared.rescale[g] = __expf(shared.largest[g] - largest);
-                shared.weight[g] = shared.weight[g] * shared.rescale[g] + weight;
-                shared.largest[g] = largest;
+#pragma unroll
+            for (int r = 0; r < AT_A_TIME; r++) {
+                const int p = first + r * SET_LANES;
+                if (p >= end) continue;
+                const u16* own = p < cached ? (const u16*)&shared.slots[round % AHEAD][2 * r + 1][threadIdx.x] : shared.value + dimension;
+                const uint4 value = *(const uint4*)own;
+#pragma unroll
+                for (int g = 0; g < AT_ONCE; g++) multiply_add(softmax[g].sums, value, scores[g][r]);
             }
+            start(round + AHEAD);
         }
-        __syncthreads();
-        if (works) {
-#pragma unroll
-            for (int g = 0; g < AT_ONCE; g++)
-#pragma unroll
-                for (int i = 0; i < 8; i++) sums[g][i] *= shared.rescale[set * AT_ONCE + g];
-            for (int p = slot; p < count; p += AT_A_TIME * SET_LANES) {
-                uint4 value[AT_A_TIME];
-#pragma unroll
-                for (int r = 0; r < AT_A_TIME; r++)
-                    if (p + r * SET_LANES < count)
-                        value[r] = *(const uint4*)(values + (u64)(first + p + r * SET_LANES) * HEAD_DIM + dimension);
-#pragma unroll
-                for (int r = 0; r < AT_A_TIME; r++)
-                    if (p + r * SET_LANES < count)
-#pragma unroll
-                        for (int g = 0; g < AT_ONCE; g++)
-                            multiply_add(sums[g], value[r],
-                                         shared.scores[(set * AT_ONCE + g) * TILE_POSITIONS + p + r * SET_LANES]);
-            }
-        }
-        __syncthreads();
+        await_groups<0>();
     }
+    __syncthreads();  // the slots become sums
+    if (works) {
+#pragma unroll
+        for (int g = 0; g < AT_ONCE; g++) {
+            softmax[g].add_up();
+            if (lane < LANES) {
+                float4* to = (float4*)(shared.sums[g][warp] + dimension);
+                const float(&sums)[8] = softmax[g].sums;
+                to[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+                to[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+            }
+            if (lane == 0) shared.largest[g][warp] = softmax[g].largest, shared.weight[g][warp] = softmax[g].weight;
+        }
+    }
+    __syncthreads();
 
     float* partial = arguments.partial + (u64)head * MAX_SHARES * PARTIAL;
-    for (int g = 0; g < AT_ONCE; g++) {  // over the lanes that hold the same dimensions, then over the set's warps
-        if (works) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float sum = 0.f;  // sums[g][i], with an index the compiler knows
-#pragma unroll
-                for (int h = 0; h < AT_ONCE; h++) sum = h == g ? sums[h][i] : sum;
-                for (int step = 16; step >= LANES; step >>= 1) sum += __shfl_xor_sync(ALL, sum, step);
-                if (lane < LANES) shared.sums[warp * HEAD_DIM + dimension + i] = sum;
-            }
+    for (int task = threadIdx.x; task < GROUP * HEAD_DIM; task += THREADS) {
+        const int query = task / HEAD_DIM, g = query % AT_ONCE, first = query / AT_ONCE * SET_WARPS;
+        float largest = LEAST, weight = 0.f, sum = 0.f;
+        for (int w = first; w < first + SET_WARPS; w++) largest = fmaxf(largest, shared.largest[g][w]);
+#pragma unroll 4
+        for (int w = first; w < first + SET_WARPS; w++) {
+            const float scale = __expf(shared.largest[g][w] - largest);
+            weight += shared.weight[g][w] * scale;
+            sum += shared.sums[g][w][task % HEAD_DIM] * scale;
         }
-        __syncthreads();
-        for (int task = threadIdx.x; task < SETS * HEAD_DIM; task += THREADS) {
-            const int s = task / HEAD_DIM, d = task % HEAD_DIM, query = s * AT_ONCE + g;
-            float sum = 0.f;
-            for (int w = 0; w < SET_WARPS; w++) sum += shared.sums[(s * SET_WARPS + w) * HEAD_DIM + d];
-            if (shares == 1)
-                arguments.attended[(head * GROUP + query) * HEAD_DIM + d] = to_bits(sum / shared.weight[query]);
-            else
-                partial[share * PARTIAL + query * HEAD_DIM + d] = sum;
+        if (shares == 1) {
+            arguments.attended[head * GROUP * HEAD_DIM + task] = to_bits(sum / weight);
+            continue;
         }
-        __syncthreads();
+        partial[share * PARTIAL + task] = sum;
+        if (task % HEAD_DIM == 0) {
+            partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * query] = largest;
+            partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * query + 1] = weight;
+        }
     }
     if (shares == 1) return;
-    for (int g = threadIdx.x; g < GROUP; g += THREADS) {
-        partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * g] = shared.largest[g];
-        partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * g + 1] = shared.weight[g];
-    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) shared.is_last = atomicAdd(arguments.arrivals + head, 1u) == (u32)shares - 1;
@@ -220,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_con
     __threadfence();
     for (int task = threadIdx.x; task < GROUP * HEAD_DIM; task += THREADS) {
         const int at = GROUP * HEAD_DIM + 2 * (task / HEAD_DIM);
-        float largest = -__uint_as_float(0x7f800000u), weight = 0.f, sum = 0.f;
+        float largest = LEAST, weight = 0.f, sum = 0.f;
         for (int other = 0; other < shares; other++) largest = fmaxf(largest, load_fresh(partial + other * PARTIAL + at));
 #pragma unroll 4
         for (int other = 0; other < shares; other++) {

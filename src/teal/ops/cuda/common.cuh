@@ -88,6 +88,27 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void send(float*, int, float) {}
 #endif
 
+// Four 8 x 8 matrices of 16-bit numbers, transposed; a lane gives the address of one of their 32 rows. Lane l gets of
+// each the numbers [2 (l % 4)][l / 4] and [2 (l % 4) + 1][l / 4].
+__device__ __forceinline__ void load_matrices(u32 (&pairs)[4], const uint4* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"((u32)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+// sums [16, 8] += a [16, 16] b [16, 8], as load_matrices gives a and b (its first two), both transposed in memory: of
+// the sums, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+__device__ __forceinline__ void multiply_matrices(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[4]) {
+#if BF16
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+    asm volatile(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // The magnitude, as bits, of the smallest 16-bit number above a threshold of at least 0.
 __device__ __forceinline__ u32 bits_above(float threshold) {
 #if BF16
@@ -144,10 +165,6 @@ struct Threshold {
     bool each;
     // Whether everything is kept, known without looking at x.
     __device__ __forceinline__ bool keeps_all() const { return !each && !(value[0] >= 0.f); }
-    __device__ __forceinline__ void prefetch(int first, int channels) const {
-        if (each)
-            for (int i = threadIdx.x * 32; i < channels; i += THREADS * 32) prefetch_l2(value + first + i);
-    }
     __device__ __forceinline__ static u32 least_kept(float threshold) {
         return threshold >= 0.f ? bits_above(threshold) : 0;
     }

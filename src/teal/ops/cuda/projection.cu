@@ -14,10 +14,13 @@ struct Projection {
 };
 
 // `count` projections of the same input side by side: x [K] or, gated, gate [K] followed by up [K]; norm [K] where it is
-// normalized; residual [outputs] is added, or null.
+// normalized; residual [outputs] is added, or null. What the next projections read first, their thresholds and their
+// norm, is fetched from memory meanwhile: `bytes` of it from each of `next` on, 0 for none.
 struct Arguments {
     Projection projections[3];
     const u16 *x, *norm, *residual;
+    const char* next[4];
+    int next_bytes[4];
     int count;
     float eps;
 };
@@ -96,6 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     const u16* column = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
     Stream<OneTile> stream(shared.slots, (const char*)column, 2 * outputs, at, ahead, PART);
     if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited in Total
+    if (blockIdx.x == 0)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            for (int at = 128 * threadIdx.x; at < arguments.next_bytes[i]; at += 128 * THREADS)
+                prefetch_l2(arguments.next[i] + at);
 
     PartInputs x;
     if constexpr (INPUT == NORMALIZED) {

@@ -1,0 +1,216 @@
+// One projection of two to eight tokens: row r of y = W where(|x_r| > threshold, x_r, 0) + bias, each row with a mask of
+// its own. The channels that any row keeps are listed once and their weights read once; matrix instructions multiply
+// them with all rows, of which there are always eight, some of them zero.
+//
+// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile, a multiple of 8), and those of common.cuh; DEPTH is the number of
+// steps whose weights a warp keeps in flight. A cluster owns a tile as in projection.cu. A warp takes 8 chunks of it and
+// 16 entries of the list in a step; the sums of warps and blocks are added in a fixed order.
+
+// Weight [K, outputs], threshold [] or [K], bias [outputs] or null, x [rows, K], y [rows, outputs].
+struct Arguments {
+    const u16* weight;
+    const float* threshold;
+    const u16 *bias, *x;
+    u16* y;
+    int outputs, threshold_each, rows;
+};
+
+constexpr int ROWS = 8, STEP = 16, CHUNKS = 8;  // rows, and list entries and chunks of a step
+constexpr int PART = CHANNELS / CLUSTER, COLUMNS = 8 * TILE_WIDTH;
+constexpr int SETS = TILE_WIDTH / CHUNKS, SET_WARPS = WARPS / SETS;  // warps that share columns
+constexpr int HEAD = PART / STEP < DEPTH * SET_WARPS ? PART / STEP * STEP : DEPTH * SET_WARPS * STEP;
+constexpr int SHARE = COLUMNS / CLUSTER;  // columns that a block finishes
+constexpr int STRIDE = 8 * CHUNKS + 4;    // of a row among sums, so that no two lanes meet in a bank
+using PartInputs = Inputs<PART>;
+static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0 && COLUMNS % CLUSTER == 0, "this tile is not supported");
+
+struct Shared {
+    union {
+        uint4 slots[WARPS][DEPTH][STEP][CHUNKS];  // weights on their way
+        float sums[WARPS][ROWS][STRIDE];
+    };
+    float received[CLUSTER][ROWS][SHARE];  // by the block they come from
+    uint4 inputs[PART + STEP];             // of a list entry: the rows' inputs, zero where a row drops the channel
+    u32 counts[WARPS];
+    u16 list[PART + STEP];  // channels
+};
+
+// The rows' inputs that a thread holds, and which of their channels are kept by which row.
+struct Rows {
+    PartInputs x[ROWS];
+    __device__ __forceinline__ Rows(const Arguments& arguments, int first) {
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+#pragma unroll
+            for (int v = 0; v < PartInputs::VECTORS; v++) x[row].pairs[v] = make_uint2(0, 0);
+            if (row < arguments.rows) x[row].read(arguments.x + (u64)row * CHANNELS + first);
+        }
+    }
+    // Sets what the threshold drops to zero, and returns the channels that any row keeps: 4 bits for each vector.
+    __device__ __forceinline__ u32 drop(Threshold threshold, int first, int rows) {
+        u32 nibbles = 0;
+        const u32 least = 0x00010001u * Threshold::least_kept(threshold.value[0]);
+#pragma unroll
+        for (int v = 0; v < PartInputs::VECTORS; v++) {
+            const int channel = PartInputs::channel(v);
+            if (channel >= PART) continue;
+            uint2 bounds = make_uint2(least, least);
+            if (threshold.each) {
+                const float* t = threshold.value + first + channel;
+                bounds.x = Threshold::least_kept(t[0]) | Threshold::least_kept(t[1]) << 16;
+                bounds.y = Threshold::least_kept(t[2]) | Threshold::least_kept(t[3]) << 16;
+            }
+            u32 any_one = 0, any_two = 0;
+#pragma unroll
+            for (int row = 0; row < ROWS; row++) {
+                uint2& pair = x[row].pairs[v];
+                const u32 one = row < rows ? kept_of(pair.x, bounds.x) : 0, two = row < rows ? kept_of(pair.y, bounds.y) : 0;
+                pair.x &= one * 0xffffu, pair.y &= two * 0xffffu;
+                any_one |= one, any_two |= two;
+            }
+            nibbles |= ((any_one | any_one >> 15 | any_two << 2 | any_two >> 13) & 15) << (4 * v);
+        }
+        return nibbles;
+    }
+    __device__ __forceinline__ uint4 of_channel(int v, int i) const {
+        return make_uint4(pair_of(x[0].get(v, i), x[1].get(v, i)), pair_of(x[2].get(v, i), x[3].get(v, i)),
+                          pair_of(x[4].get(v, i), x[5].get(v, i)), pair_of(x[6].get(v, i), x[7].get(v, i)));
+    }
+};
+
+// Lists the channels below HEAD, then the kept ones from there on, then as many of no input as fill a step. Returns the
+// number of steps.
+__device__ __forceinline__ int list_union(const Arguments& arguments, Threshold threshold, int first, Shared& shared) {
+    Rows rows(arguments, first);
+    u32 nibbles = rows.drop(threshold, first, arguments.rows);
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++) {
+        const int channel = PartInputs::channel(v);  // HEAD is a multiple of 4
+        if (channel >= HEAD) continue;
+        nibbles &= ~(15u << (4 * v));
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            shared.list[channel + i] = (u16)(channel + i);
+            shared.inputs[channel + i] = rows.of_channel(v, i);
+        }
+    }
+    const Scan scan(__popc(nibbles), shared.counts);
+    int next = HEAD + (int)scan.before;
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (nibbles >> (4 * v + i) & 1) {
+                shared.list[next] = (u16)(PartInputs::channel(v) + i);
+                shared.inputs[next++] = rows.of_channel(v, i);
+            }
+    const int count = HEAD + (int)scan.total;
+    if (threadIdx.x < STEP) {
+        shared.list[count + threadIdx.x] = 0;
+        shared.inputs[count + threadIdx.x] = make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+    return divided_up(count, STEP);
+}
+
+// The weights of a warp's steps on their way: of each step a lane copies one chunk of every fourth entry. Chunks change
+// places so that 8 entries' are in different banks.
+struct Weights {
+    uint4 (*slots)[STEP][CHUNKS];
+    const char* column;
+    u32 row_bytes;
+    bool active;
+    __device__ __forceinline__ Weights(const Arguments& arguments, int first, int from, uint4 (*slots)[STEP][CHUNKS])
+        : slots(slots), row_bytes(2 * arguments.outputs) {
+        const int chunk = from + (int)threadIdx.x % CHUNKS;
+        column = (const char*)(arguments.weight + (u64)first * arguments.outputs + 8 * chunk);
+        active = 8 * chunk < arguments.outputs;
+    }
+    __device__ __forceinline__ uint4* of(int i, int entry, int chunk) const {
+        return &slots[i % DEPTH][entry][chunk ^ (entry % CHUNKS)];
+    }
+    // Starts reading for the warp's i-th step, if there is that step; without a list entries are channels.
+    __device__ __forceinline__ void start(int i, int step, int steps, const u16* list) const {
+        const int lane = threadIdx.x % 32;
+        if (active && step < steps)
+#pragma unroll
+            for (int k = lane / CHUNKS; k < STEP; k += 32 / CHUNKS) {
+                const int entry = step * STEP + k;
+                start_copy(of(i, k, lane % CHUNKS), column + (u64)(list ? list[entry] : (u32)entry) * row_bytes);
+            }
+        end_group();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant__ Arguments arguments) {
+    extern __shared__ uint4 dynamic_shared[];
+    Shared& shared = *(Shared*)dynamic_shared;
+    allow_next_kernel();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, set = warp % SETS, own = warp / SETS;
+    const int rank = (int)blockIdx.x % CLUSTER, first = rank * PART, tile = (int)blockIdx.x / CLUSTER;
+    const int outputs = arguments.outputs;
+    Weights weights(arguments, first, tile * TILE_WIDTH + set * CHUNKS, shared.slots[warp]);
+    for (int i = 0; i < DEPTH; i++) weights.start(i, own + i * SET_WARPS, HEAD / STEP, nullptr);
+    if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited below
+
+    await_previous_kernel();
+    const int steps = list_union(arguments, {arguments.threshold, arguments.threshold_each != 0}, first, shared);
+    if (HEAD < DEPTH * SET_WARPS * STEP)  // few channels: the head is not as long as it could be
+        for (int i = 0; i < DEPTH; i++) {
+            const int step = own + i * SET_WARPS;
+            if (step >= HEAD / STEP) weights.start(i, step, steps, shared.list);
+        }
+    float sums[CHUNKS / 2][4] = {};
+    for (int i = 0, step = own; step < steps; i++, step += SET_WARPS) {
+        await_groups<DEPTH - 1>();
+        __syncwarp();
+        u32 x[4];
+        load_matrices(x, &shared.inputs[step * STEP + lane % STEP]);
+#pragma unroll
+        for (int two = 0; two < CHUNKS; two += 2) {
+            u32 pairs[4];
+            load_matrices(pairs, weights.of(i, lane % 8 + lane / 16 * 8, two + lane / 8 % 2));
+            multiply_matrices(sums[two / 2], pairs, x);
+        }
+        __syncwarp();
+        weights.start(i, step + DEPTH * SET_WARPS, steps, shared.list);
+    }
+    await_groups<0>();
+
+    __syncthreads();  // the slots become sums
+#pragma unroll
+    for (int two = 0; two < CHUNKS / 2; two++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            shared.sums[warp][lane % 4 * 2 + i % 2][two * 16 + lane / 4 + i / 2 * 8] = sums[two][i];
+    if (CLUSTER > 1) cluster_wait();
+    __syncthreads();
+    for (int task = threadIdx.x; task < COLUMNS * ROWS; task += THREADS) {
+        const int c = task % COLUMNS, r = task / COLUMNS;
+        if (r >= arguments.rows) break;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < SET_WARPS; w++) sum += shared.sums[w * SETS + c / (8 * CHUNKS)][r][c % (8 * CHUNKS)];
+        float* to = &shared.received[rank][r][c % SHARE];
+        if (c / SHARE == rank)
+            *to = sum;
+        else
+            send(to, c / SHARE, sum);
+    }
+    if (CLUSTER > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+    for (int task = threadIdx.x; task < SHARE * ROWS; task += THREADS) {
+        const int r = task / SHARE, c = tile * COLUMNS + rank * SHARE + task % SHARE;
+        if (r >= arguments.rows) break;
+        if (c >= outputs) continue;
+        float value = 0.f;
+#pragma unroll
+        for (int block = 0; block < CLUSTER; block++) value += shared.received[block][r][task % SHARE];
+        if (arguments.bias) value += to_float(arguments.bias[c]);
+        arguments.y[(u64)r * outputs + c] = to_bits(value);
+    }
+}

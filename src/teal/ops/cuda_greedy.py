@@ -1,0 +1,44 @@
+"""The choice of the most likely token on an NVIDIA GPU: ops/cuda/greedy.cu."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from teal.ops import nvrtc
+
+THREADS = 1024
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of greedy.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "token", "checked")),
+        ("invalid", ctypes.c_longlong),
+        ("count", ctypes.c_int),
+    ]
+
+
+def serves(logits: Tensor) -> bool:
+    """Whether `choose` takes these logits."""
+    return (
+        logits.is_cuda
+        and logits.shape[0] == 1
+        and logits.dtype in (torch.bfloat16, torch.float16)
+        and nvrtc.unavailable() is None
+    )
+
+
+def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:
+    """Sets token [1] int64 to the place of the largest of logits [1, V], the first of equals.
+
+    Returns it [1], or `invalid` if a logit is infinite or NaN.
+    """
+    logits, checked = logits.contiguous(), torch.empty_like(token)
+    arguments = _Arguments(logits.data_ptr(), token.data_ptr(), checked.data_ptr(), invalid, logits.shape[1])
+    with torch.cuda.device(logits.device):
+        macros = {"BF16": logits.dtype == torch.bfloat16, "THREADS": THREADS, "DEPTH": 1, "CLUSTER": 1}
+        kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * THREADS // 32)
+        kernel.prepared(1, THREADS, arguments).start(torch.cuda.current_stream().cuda_stream)
+    return checked

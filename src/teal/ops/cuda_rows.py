@@ -1,0 +1,99 @@
+"""Projections of two to eight tokens on an NVIDIA GPU: ops/cuda/rows.cu, and how its work is divided."""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teal.ops import nvrtc
+from teal.ops.cuda_projection import MOST_SHARED_BYTES
+
+ROWS = 8  # that the kernel multiplies; fewer are filled up with zeros
+STEP_BYTES = 2048  # of weights that a warp reads at a time: 16 channels of 64 columns
+MOST_CHANNELS = 8192  # of a block: what its threads' registers hold
+THREADS = {8: 512, 16: 512, 24: 384, 32: 512}  # of a block, by the width of its tile
+
+
+@dataclass(frozen=True)
+class RowsTuning:
+    """How a projection is divided: `width` in chunks of 8 columns; see ops/cuda/rows.cu for the others."""
+
+    width: int
+    cluster: int
+    depth: int
+
+    @property
+    def threads(self) -> int:
+        return THREADS[self.width]
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of rows.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "threshold", "bias", "x", "y")),
+        *((name, ctypes.c_int) for name in ("outputs", "threshold_each", "rows")),
+    ]
+
+
+class RowsProjection:
+    """The compiled kernel for `channels` inputs and `outputs` of one projection.
+
+    Raises TealError if no tuning suits them (`choose_rows_tuning` is None).
+    """
+
+    def __init__(self, channels: int, outputs: int, dtype: torch.dtype, tuning: RowsTuning) -> None:
+        self.tuning = tuning
+        self.blocks = tuning.cluster * -(-outputs // (8 * tuning.width))
+        macros = {
+            "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
+            "CLUSTER": tuning.cluster, "CHANNELS": channels, "TILE_WIDTH": tuning.width,
+        }  # fmt: skip
+        self.kernel = nvrtc.compile_kernel("rows.cu", "rows", macros, shared_bytes(channels, tuning))
+
+    def prepared(
+        self, x: Tensor, weight: Tensor, threshold: Tensor, y: Tensor, bias: Tensor | None, *, dependent: bool = False
+    ) -> nvrtc.Launch:
+        """A launch for x [R, K], contiguous, 1 <= R <= 8, weight [K, N], threshold [] or [K], bias [N] -> y [R, N].
+
+        They must outlive it. `dependent`: see `nvrtc.Kernel.prepared`; weights and thresholds must then be older.
+        """
+        arguments = _Arguments(
+            weight.data_ptr(), threshold.data_ptr(), 0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr(),
+            weight.shape[1], threshold.ndim, x.shape[0],
+        )  # fmt: skip
+        return self.kernel.prepared(
+            self.blocks, self.tuning.threads, arguments, cluster=self.tuning.cluster, dependent=dependent
+        )
+
+
+def shared_bytes(channels: int, tuning: RowsTuning) -> int:
+    """Size of `Shared` in rows.cu."""
+    warps, received = tuning.threads // 32, 4 * ROWS * 8 * tuning.width
+    lists = (2 * ROWS + 2) * (channels // tuning.cluster + 16)
+    return STEP_BYTES * tuning.depth * warps + received + lists + 4 * warps + 16
+
+
+def choose_rows_tuning(
+    channels: int, outputs: int, multiprocessors: int, largest_cluster: int = 2
+) -> RowsTuning | None:
+    """One block for nearly every multiprocessor, and few channels for each block to list; None if these are too many.
+
+    Clusters of four and more lose a third on an H200: masking the inputs and cuBLAS are faster then.
+    """
+    best: tuple[float, RowsTuning] | None = None
+    for cluster in range(1, largest_cluster + 1):
+        for width in THREADS:
+            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS:
+                continue
+            for depth in (4, 3, 2):
+                tuning = RowsTuning(width, cluster, depth)
+                if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
+                    continue
+                waves = cluster * -(-outputs // (8 * width)) / multiprocessors
+                badness = (1 / waves if waves <= 1 else 2 * waves) + 0.01 * cluster
+                badness += 0.02 * (4 - depth) + 0.03 * channels / cluster / 4096
+                if best is None or badness < best[0]:
+                    best = (badness, tuning)
+    return None if best is None else best[1]

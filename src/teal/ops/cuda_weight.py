@@ -1,0 +1,64 @@
+"""The layout of the CUDA kernels."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from teal.ops import nvrtc
+from teal.ops.cuda_projection import Operands, Projection, multiprocessors
+from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning
+from teal.ops.packed import ChannelMajorWeight
+from teal.ops.reference import drop_small
+
+
+class CudaWeight(ChannelMajorWeight):
+    """[K, N] on an NVIDIA GPU: one row goes through projection.cu, two to eight through rows.cu.
+
+    Where the channels are too many for rows.cu, several rows are masked and multiplied densely.
+    """
+
+    layout = "cuda"
+
+    @classmethod
+    def refusal(cls, weight: Tensor) -> str | None:
+        n, k = weight.shape
+        if reason := nvrtc.unavailable():
+            return reason
+        if not weight.is_cuda:
+            return "it is not on a CUDA device"
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
+        if n % 8 or k % 8 or k > 32768:
+            return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
+        return None
+
+    def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
+        n, k = self.shape
+        x = x.contiguous()
+        y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+        if x.shape[0] == 0:
+            return y
+        with torch.cuda.device(x.device):
+            device = torch.cuda.current_device()
+            if x.shape[0] == 1:
+                kernel = _kernel(k, n, x.dtype, device)
+                launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)], dependent=True)
+            elif (kernel := _rows_kernel(k, n, x.dtype, device)) is not None:
+                launch = kernel.prepared(x, self.storage[0], threshold, y, bias, dependent=True)
+            else:
+                return self.dense_gemm(drop_small(x, threshold), bias)
+            launch.start(torch.cuda.current_stream().cuda_stream)
+        return y
+
+
+@cache
+def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Projection:
+    return Projection(channels, (outputs,), dtype)
+
+
+@cache
+def _rows_kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
+    """None where a block cannot hold its part of the channels."""
+    tuning = choose_rows_tuning(channels, outputs, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+    return None if tuning is None else RowsProjection(channels, outputs, dtype, tuning)
