@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import byte_tokenizer, random_tokens, save_tiny, tiny_model, tiny_plan
+from helpers import byte_tokenizer, random_plan, random_tokens, save_tiny, tiny_model, tiny_plan
 
 from teal.allocation import allocate
 from teal.calibration import calibrate
@@ -23,6 +23,7 @@ from teal.linear import sparse_layers
 from teal.plan import SparsityPlan
 from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
+from teal.structure import identify
 
 LEVEL, PROMPT, NEW = 0.5, 8, 48
 
@@ -56,6 +57,15 @@ def test_of_the_engine(engine: Any) -> None:
     assert log.expected == pytest.approx(LEVEL)
     assert all(layer.observer is None and layer.dense_tokens == -1 for layer in sparse_layers(engine).values())
     assert decoded(engine) == tokens, "the engine is as it was"
+
+
+def test_of_thresholds_per_channel(tmp_path: Path) -> None:
+    plan = random_plan(identify(tiny_model()), vectors=True)
+    engine = load_engine(save_tiny(tmp_path / "model"), torch.float32, plan=plan, level=LEVEL)
+    meter = SparsityMeter(engine)
+    with meter.measuring():
+        tokens = decoded(engine)
+    assert log_sparsity(engine, prompt(), tokens).sparsity == pytest.approx(meter.sparsity(), abs=1e-3)
 
 
 def test_each_token_by_itself(engine: Any) -> None:

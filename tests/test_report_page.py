@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import random_tokens, tiny_model, tiny_plan
+from helpers import random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
 from teal.artifacts import write_json
@@ -17,6 +17,7 @@ from teal.calibration import calibrate
 from teal.errors import TealError
 from teal.evaluation import evaluate
 from teal.report_page import Artifacts, write_report, write_samples
+from teal.structure import identify
 from teal.tuning import tune
 
 VOID = {"meta", "br", "img", "link", "hr"}
@@ -175,7 +176,7 @@ def test_what_is_missing_is_named(directory: Path, tmp_path: Path) -> None:
 
 def test_several_models_are_told_apart(directory: Path, tmp_path: Path) -> None:
     tiny_plan(tiny_model()).save(tmp_path / "one.json")
-    tiny_plan(tiny_model(intermediate_size=64)).save(tmp_path / "two.json")
+    random_plan(identify(tiny_model(intermediate_size=64)), vectors=True).save(tmp_path / "two.json")
     write_report(tmp_path, tmp_path / "page.html", "two models")
     said = "".join(Page((tmp_path / "page.html").read_text(encoding="utf-8")).text)
     assert "Results of 2 different models stand side by side" in said
@@ -204,3 +205,15 @@ def test_values_that_are_none(directory: Path, tmp_path: Path, name: str, edit: 
     with pytest.raises(TealError, match=f"{name} is damaged"):
         write_report(tmp_path, tmp_path / "page.html", "damaged")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_little_to_show(tmp_path: Path) -> None:
+    """A single sequence, level 0 alone, and a tuning whose answer is dense."""
+    plan, tokens = tiny_plan(tiny_model()), random_tokens(16, 20)
+    write_json(tmp_path / "one.json", evaluate(tiny_model(), tokens[:1], plan, (0.25,)).to_json())
+    write_json(tmp_path / "dense.json", evaluate(tiny_model(), tokens[:2], plan, (0.0,)).to_json())
+    write_json(tmp_path / "tuning.json", tune(tiny_model(), tokens, plan, "0.0000001nats", metric="kl").to_json())
+    write_report(tmp_path, tmp_path / "page.html", "little")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert len(page.all("svg")) == 3
+    assert "dense is the answer" in "".join(page.text).lower()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_model, tiny_plan
+from helpers import random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
 from teal.evaluation import Evaluation, evaluate, mean_and_error
+from teal.structure import identify
 from teal.tuning import CONFIDENCE, LEAST_SEQUENCES, LossBudget, PairedLoss, Trial, Tuning, student_quantile, tune
 
 SEQUENCES = 24
@@ -162,6 +163,15 @@ def test_the_plan_that_reads_fewest_bytes_is_taken(model: Any, tokens: torch.Ten
         assert {trial.plan for trial in result.trials} == set(plans)
         results.append((result.plan, result.level, result.sparsity))
     assert results[0] == results[1]
+
+
+def test_a_plan_with_vectors(model: Any, tokens: torch.Tensor) -> None:
+    """Thresholds per channel and compensations are the plan's business; tune only turns its level."""
+    plan = random_plan(identify(tiny_model()), vectors=True)
+    result = tune(tiny_model(), tokens, plan, "2nats", metric="kl")
+    assert result.plan == "weighted"
+    assert 0 < result.level <= 0.75
+    assert result.bound <= 2
 
 
 def test_rising_through_the_candidates_stops_at_the_first_that_does_not_fit(found: Tuning) -> None:

@@ -83,6 +83,9 @@ def lines(
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
             axes.minorticks_off()
+        else:
+            lowest = min((y for one in series for y in one.y), default=0)
+            axes.set_ylim(bottom=None if lowest < 0 else 0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(series) > 1 or level_line is not None:

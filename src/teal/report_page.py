@@ -278,9 +278,22 @@ def _quality(artifacts: Artifacts, figures: _Figures) -> str:
 
 def _evaluation(artifact: Artifact[Evaluation], figures: _Figures) -> str:
     result, name = artifact.content, artifact.name
+    return (
+        f"<h3>{escape(_text_of(result.details))} <small>({escape(name)})</small></h3>"
+        + _grid(_quality_charts(artifact, figures))
+        + _table(report.evaluation_table(result), "Quality at each level")
+        + _note(report.evaluation_rule(result))
+    )
+
+
+def _quality_charts(artifact: Artifact[Evaluation], figures: _Figures) -> list[str]:
+    """Perplexity and divergence against realised sparsity; none for an evaluation of the dense model alone."""
+    result, name = artifact.content, artifact.name
     by_plan: dict[str, list[Measurement]] = {}
     for measured in result.measurements:
         by_plan.setdefault(measured.plan, []).append(measured)
+    if not any(measured.level for measured in result.measurements):
+        return []
     for several in by_plan.values():
         several.sort(key=lambda measured: measured.sparsity)
     dense = result.dense_perplexity
@@ -295,7 +308,7 @@ def _evaluation(artifact: Artifact[Evaluation], figures: _Figures) -> str:
         charts.Series(plan_name, [100 * m.sparsity for m in ms], [m.kl for m in ms], [m.kl_error for m in ms])
         for plan_name, ms in by_plan.items()
     ]
-    drawn = [
+    return [
         figures(
             charts.lines(
                 perplexity, "realised sparsity (%)", "perplexity", log_y=True, level_line=(dense, "dense"),
@@ -314,12 +327,6 @@ def _evaluation(artifact: Artifact[Evaluation], figures: _Figures) -> str:
             "Divergence of the sparse from the dense model's distribution, logarithmic. Bars: one standard error.",
         ),
     ]  # fmt: skip
-    return (
-        f"<h3>{escape(_text_of(result.details))} <small>({escape(name)})</small></h3>"
-        + _grid(drawn if by_plan else [])
-        + _table(report.evaluation_table(result), "Quality at each level")
-        + _note(report.evaluation_rule(result))
-    )
 
 
 def _tuning(artifacts: Artifacts, figures: _Figures) -> str:
@@ -476,7 +483,7 @@ def _speed_against_quality(
             for measured in (found.measurements if found is not None else ())
             if measured.level in speeds and methods.get(measured.plan, measured.plan) == result.details["plan"]
         ]
-        if points:
+        if len(points) > 1:
             series = charts.Series(
                 str(result.details["plan"]), [m.increase for m, _ in points], [s.speedup for _, s in points],
                 [s.speedup_fastest - s.speedup for _, s in points], [s.speedup - s.speedup_slowest for _, s in points],
@@ -488,7 +495,7 @@ def _speed_against_quality(
             )  # fmt: skip
             return (
                 svg,
-                f"What the loss buys: plan {result.details['plan']} at the levels measured both ways; bars as left.",
+                f"What the loss buys with plan {result.details['plan']}. Bars: from the slowest to the fastest repeat.",
             )
     return None
 

@@ -409,7 +409,7 @@ def _notes(search: _Search, confirmed: Evaluation | None, level: float, length: 
     if refused is not None and (needed := refused[1].sequences_needed(budget.limit)) is not None:
         notes.append(
             f"the loss measured at {refused[0]:g} is within the budget, its bound is not: too little text to tell; "
-            f"about {2 * max(needed, LEAST_SEQUENCES) * length} tokens would be needed"
+            f"about {2 * max(needed, LEAST_SEQUENCES) * length:,} tokens would be needed"
         )
     return notes
 
