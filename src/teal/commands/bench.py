@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure the CPU kernel of each projection shape on random weights, against a plain read and torch",
     )  # fmt: skip
     common.add_plan(parser)
-    common.add_levels(parser, tuned=True)
+    common.add_levels(parser, common.DEFAULT_LEVELS, tuned=True)
     parser.add_argument("--context", type=common.positive, default=64, help="prompt tokens (default: 64)")
     parser.add_argument("--tokens", type=common.positive, default=32, help="tokens decoded in a repeat (default: 32)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="interleaved repeats (default: 5)")

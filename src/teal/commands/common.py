@@ -98,12 +98,12 @@ def add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
 
 
-def add_levels(parser: argparse.ArgumentParser, tuned: bool = False) -> None:
+def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...], tuned: bool = False) -> None:
     """--levels; with `tuned` it is None unless given, for a level that was tuned goes before the default."""
-    default = " ".join(map(str, DEFAULT_LEVELS))
     parser.add_argument(
-        "--levels", type=level, nargs="+", metavar="S", default=None if tuned else list(DEFAULT_LEVELS),
-        help=f"sparsities from 0 to below 1 (default: {'as tuned, else ' if tuned else ''}{default})",
+        "--levels", type=level, nargs="+", metavar="S", default=None if tuned else list(default),
+        help="sparsities from 0 to below 1 "
+        f"(default: {'as tuned, else ' if tuned else ''}{' '.join(map(str, default))})",
     )  # fmt: skip
 
 
@@ -264,13 +264,20 @@ def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
     return SparsityPlan.load(path)
 
 
-def load_plans(paths: Sequence[Path]) -> "dict[str, SparsityPlan]":
-    """Several plans by a short name each: that of its file, or the whole path where two files are called alike."""
+def load_plans(arguments: argparse.Namespace) -> "dict[str, SparsityPlan]":
+    """The plans that were named, by the names of their files, or the model's own by its method."""
     from teal.plan import SparsityPlan
 
+    if not arguments.plan:
+        plan = load_plan(arguments)
+        return {plan.method: plan}
+    return {name: SparsityPlan.load(path) for name, path in zip(distinct(arguments.plan), arguments.plan, strict=True)}
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """What to call the files in a table: by their stems if these differ, else by their paths."""
     stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else list(map(str, paths))
-    return {name: SparsityPlan.load(path) for name, path in zip(names, paths, strict=True)}
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def read_blocks(

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or more plans (default: teal-MODEL/plan.json)",
     )
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
-    common.add_levels(parser)
+    common.add_levels(parser, common.DEFAULT_LEVELS)
     common.add_text(parser, "the embedded evaluation text")
     parser.add_argument("--tokens", type=common.positive, help="tokens to read, in whole sequences (default: all)")
     parser.add_argument(
@@ -52,11 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.evaluation import evaluate
 
     common.check_device(arguments.device)
-    if arguments.plan:
-        plans = common.load_plans(arguments.plan)
-    else:
-        plan = common.load_plan(arguments)
-        plans = {plan.method: plan}
+    plans = common.load_plans(arguments)
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.length, arguments.tokens, None)
     result = evaluate(

@@ -137,17 +137,12 @@ def _output(arguments: argparse.Namespace) -> Path:
 
 def _plans(arguments: argparse.Namespace) -> dict[str, "SparsityPlan"]:
     """The plans that were named, or the model's own, made now if there is none."""
-    from teal.plan import SparsityPlan
-
-    if arguments.plan:
-        return common.load_plans(arguments.plan)
     work = common.work_directory(arguments.model)
-    if not (work / common.PLAN).exists():
+    if not arguments.plan and not (work / common.PLAN).exists():
         for verb, made in ((calibrate, common.STATISTICS), (allocate, common.PLAN)):
             if not (work / made).exists():
                 _run_verb(arguments, verb)
-    plan = SparsityPlan.load(work / common.PLAN)
-    return {plan.method: plan}
+    return common.load_plans(arguments)
 
 
 def _run_verb(arguments: argparse.Namespace, verb: Any) -> None:
