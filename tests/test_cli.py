@@ -1,10 +1,12 @@
 """The command line from end to end, and one clear line for everything that can be wrong with its input."""
 
 import errno
+import html
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -96,6 +98,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(place / "other", seed=1)  # other weights
     save_tiny(place / "wider", intermediate_size=64)  # other shapes
     (place / "text.txt").write_text(TEXT)
+    (place / "held.txt").write_text(TEXT[:800].upper())
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRANSFORMERS_VERBOSITY", "error")
         patched.chdir(place)
@@ -379,6 +382,157 @@ class TestPipeline:
         assert too_long.code == 1
 
 
+@pytest.mark.usefixtures("home")
+class TestTune:
+    """What it finds is what the other verbs use."""
+
+    def test_the_result_is_used(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        arguments = list(READS_MODEL["tune"])
+        del arguments[arguments.index("--output") : arguments.index("--output") + 2]
+        outcome = teal(*arguments, "--bench", "--json", "-")
+        assert outcome.code == 0, outcome.err
+        result, tuned = json.loads(outcome.out), Path("teal-model/tuned")
+        assert result == json.loads((tuned / "tuning.json").read_text())
+        assert result["format"] == "teal.tuning"
+        assert 0 < result["level"] < 0.75
+        assert result["speed"]["speeds"][1]["level"] == result["level"]
+        assert f"uniform at level {result['level']:g}: KL divergence from dense" in outcome.err
+        assert "times (" in outcome.err
+        assert SparsityPlan.load(tuned / "plan.json") == SparsityPlan.load(PLAN)
+        generate = [*READS_MODEL["generate"], "--max-new-tokens", "3", "--json", "-"]
+        outcome = teal(*generate)
+        assert json.loads(outcome.out)["level"] == result["level"]
+        assert outcome.err.startswith(f"{tuned}: level {result['level']:g}\n")
+        assert json.loads(teal(*generate, "--level", "0.25").out)["level"] == 0.25
+        assert json.loads(teal(*generate, "--plan", PLAN).out)["level"] == 0.5
+        assert json.loads(teal(*generate, "--plan", tuned).out)["level"] == result["level"]
+        assert json.loads(teal(*generate, "--dense").out)["level"] == 0
+        bench = json.loads(teal(*READS_MODEL["bench"], "--json", "-").out)
+        assert [speed["level"] for speed in bench["speeds"]] == [0, result["level"]]
+        assert "played no part in the search" in teal("inspect", tuned / "tuning.json").out
+        assert f"at level {result['level']:g}" not in teal("inspect", PLAN).out
+
+    def test_a_plan_is_made(self, teal: Callable[..., Outcome]) -> None:
+        shutil.rmtree("teal-model")
+        outcome = teal(*READS_MODEL["tune"], "--json", "-")
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["plan"] == SparsityPlan.load(PLAN).method == "blockwise"
+        assert "tokens counted at 4 inputs" in outcome.err
+
+    def test_dense_is_the_answer(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal(*READS_MODEL["tune"], "--max-loss", "0.000001nats", "--output", "teal-model/tuned")
+        assert outcome.code == 0
+        assert "dense is the answer: even level 0.01 costs" in outcome.out
+        outcome = teal(*READS_MODEL["generate"], "--max-new-tokens", "3", "--json", "-")
+        assert json.loads(outcome.out)["level"] == 0
+        assert outcome.err.startswith("teal-model/tuned: dense\n")
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_the_text_the_plan_was_made_on(self, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]) -> None:
+        arguments = ["text.txt" if argument == "held.txt" else argument for argument in READS_MODEL["tune"]]
+        refuses(*arguments, says="the plan was made on this very text; name held-out text with --text")
+        shutil.copy("text.txt", "renamed.txt")
+        arguments = ["renamed.txt" if argument == "held.txt" else argument for argument in READS_MODEL["tune"]]
+        refuses(*arguments, says="the plan was made on this very text; name held-out text with --text")
+        Path("elsewhere").mkdir()
+        shutil.copy("held.txt", "elsewhere/text.txt")
+        arguments = ["elsewhere/text.txt" if argument == "held.txt" else argument for argument in READS_MODEL["tune"]]
+        assert "a text called text.txt, too" in teal(*arguments).err
+
+    def test_what_cannot_be(self, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]) -> None:
+        arguments = READS_MODEL["tune"]
+        refuses(*arguments, "--max-loss", "2", says="a number with its unit, such as 2% or 0.02nats", code=2)
+        refuses(*arguments, "--max-loss", "2%", says="KL divergence is in nats", code=2)
+        refuses(*arguments, "--metric", "taste", says="choose from perplexity, kl", code=2)
+        refuses(*arguments, "--tokens", 480, says="15 sequences are too few", code=2)
+        refuses(*arguments, "--json", "new/plan.json", says="--json would overwrite the output new/plan.json", code=2)
+        refuses(*arguments, "--output", "text.txt", says="cannot write text.txt/plan.json")
+        assert teal(*arguments).code == 0
+        refuses(*arguments, says="new/plan.json exists; name another --output or pass --overwrite")
+        assert teal(*arguments, "--overwrite").code == 0
+
+
+@pytest.mark.usefixtures("home")
+class TestSparsityLog:
+    GENERATE = ("generate", "model", "--prompt", "The quick", "--max-new-tokens", "45", "--json", "-", "--log-sparsity")
+
+    @pytest.mark.filterwarnings("always::UserWarning")
+    def test_drift_is_told(self, teal: Callable[..., Outcome]) -> None:
+        def edit(payload: dict[str, Any]) -> None:
+            for block in payload["blocks"]:
+                for projection in block.values():  # as if calibrated on text with larger activations
+                    projection["threshold"] = [2 * value if value > 0 else value for value in projection["threshold"]]
+
+        rewrite(PLAN, edit)
+        outcome = teal(*self.GENERATE)
+        log = json.loads(outcome.out)["sparsity"]
+        assert len(log["tokens"]) == json.loads(outcome.out)["new_tokens"] - 1
+        assert log["realised"] > log["expected"] + 0.1
+        assert outcome.warnings == [f"teal: warning: {log['warning']}"]
+        assert f"realised {log['realised']:.3f} where 0.500 was expected" in outcome.err
+
+    def test_only_if_asked_for(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal(*self.GENERATE[:-1])
+        assert "sparsity" not in json.loads(outcome.out)
+        assert "realised" not in outcome.err
+
+    def test_of_a_chat(self, teal: Callable[..., Outcome]) -> None:
+        options = ["--max-new-tokens", "20", "--log-sparsity", "--json", "-"]
+        outcome = teal("chat", "model", *options, stdin=b"Hello\n/clear\n/level 0\nHello\n")
+        sparse, dense = json.loads(outcome.out)["turns"]
+        assert len(sparse["sparsity"]["tokens"]) == sparse["new_tokens"] - 1
+        assert "sparsity" not in dense
+
+    def test_dense(self, refuses: Callable[..., Outcome]) -> None:
+        refuses(*self.GENERATE, "--dense", says="there is none to log", code=2)
+
+
+@pytest.mark.usefixtures("home")
+class TestReport:
+    def test_of_what_there_is(self, teal: Callable[..., Outcome]) -> None:
+        outcome = teal("report", "teal-model", "--json", "-")
+        assert outcome.code == 0, outcome.err
+        found = json.loads(outcome.out)
+        assert found["output"] == "teal-model/report.html"
+        assert found["shown"]["statistics"] == ["statistics.safetensors"]
+        assert found["shown"]["plans"] == ["plan.json"]
+        page = Path("teal-model/report.html").read_text(encoding="utf-8")
+        assert "Not here: no evaluations (`teal evaluate --json FILE`), no tunings (`teal tune`), no benchmarks" in page
+
+    def test_of_all_verbs(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        for verb, output in (("evaluate", "e.json"), ("bench", "b.json")):
+            assert teal(*READS_MODEL[verb], "--levels", "0.25", "0.5", "--json", f"teal-model/{output}").code == 0
+        assert teal(*READS_MODEL["tune"], "--output", "teal-model/tuned").code == 0
+        outcome = teal("report", "teal-model", "--json", "-")
+        shown = json.loads(outcome.out)["shown"]
+        assert [len(names) for names in shown.values()] == [1, 1, 1, 1, 1, 0], shown
+        page = Path("teal-model/report.html").read_text(encoding="utf-8")
+        assert "Not here" not in page
+        assert "What the loss buys" in page
+
+    def test_what_cannot_be(self, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]) -> None:
+        refuses("report", "nowhere", says="nowhere is not a directory")
+        refuses("report", "text.txt", says="text.txt is not a directory")
+        refuses("report", says="the following arguments are required: DIR", code=2)
+        refuses("report", "other", says="other holds no statistics, plan or result of teal")
+        refuses("report", "teal-model", "--level", 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
+        refuses("report", "teal-model", "--output", "model", says="cannot write model: it is a directory")
+        assert teal("report", "teal-model").code == 0
+        refuses("report", "teal-model", says="teal-model/report.html exists; name another --output or pass --overwrite")
+        assert teal("report", "teal-model", "--overwrite").code == 0
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "teal.plan", "version": 1}', b"\xff\xfe"])
+    def test_a_damaged_file(self, damage: bytes, refuses: Callable[..., Outcome]) -> None:
+        Path("teal-model/x.json").write_bytes(damage)
+        refuses("report", "teal-model", says="teal-model/x.json")
+
+    def test_damaged_statistics(self, refuses: Callable[..., Outcome]) -> None:
+        STATISTICS.write_bytes(STATISTICS.read_bytes()[:1000])
+        refuses("report", "teal-model", says=f"{STATISTICS} is truncated, corrupt or not safetensors")
+
+
 @pytest.fixture
 def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline on the embedded model, with less of everything."""
@@ -396,8 +550,15 @@ def test_demo(teal: Callable[..., Outcome]) -> None:
     result = teal("demo", "--json", "-")
     assert result.code == 0
     assert set(json.loads(result.out)) == {"output", "seconds", "evaluation", "bench", "samples"}
-    page = Path("teal-demo/report.md").read_text(encoding="utf-8")
-    assert all(f"## {title}" in page for title in ("Quality", "Decode speed", "Generated text", "Sparsity of each"))
+    page = Path("teal-demo/report.html").read_text(encoding="utf-8")
+    titles = ("Quality against sparsity", "Decode speed", "Generated text", "Sparsity of each projection")
+    assert all(f"{title}</h2>" in page for title in titles)
+    assert json.loads(result.out)["samples"][1]["text"].strip()[:20] in html.unescape(page)
+    assert (
+        teal("report", "teal-demo", "--output", "again.html", "--title", re.findall("<h1>(.*?)</h1>", page)[0]).code
+        == 0
+    )
+    assert Path("again.html").read_text(encoding="utf-8") == page, "the demo's page is that of teal report"
     for name in ("evaluation.json", "bench.json", "uniform.json", "blockwise.json", "statistics.safetensors"):
         assert teal("inspect", f"teal-demo/{name}").code == 0
     again = teal("demo")
@@ -436,11 +597,16 @@ READS_MODEL = {
     "calibrate": ["calibrate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new"],
     "allocate": ["allocate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new", "--step", "0.1"],
     "evaluate": ["evaluate", "model", "--text", "text.txt", "--tokens", "64"],
+    "tune": [
+        *("tune", "model", "--text", "held.txt", "--tokens", "512", "--length", "32", "--output", "new"),
+        *("--max-loss", "0.05nats", "--metric", "kl"),
+    ],
     "generate": ["generate", "model", "--prompt", "The"],
     "bench": ["bench", "model", "--context", "4", "--tokens", "2", "--repeats", "1"],
     "inspect": ["inspect", "model"],
 }
-READS_PLAN = ("evaluate", "generate", "bench")
+READS_PLAN = ("evaluate", "tune", "generate", "bench")
+TAKES_LEVELS = ("evaluate", "bench")
 every_reader = pytest.mark.parametrize("arguments", READS_MODEL.values(), ids=READS_MODEL)
 every_plan_reader = pytest.mark.parametrize("arguments", [READS_MODEL[verb] for verb in READS_PLAN], ids=READS_PLAN)
 
@@ -651,8 +817,9 @@ class TestBadArtifacts:
     @every_plan_reader
     def test_no_plan(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
         PLAN.unlink()
-        refuses(*arguments, says=f"no plan at {PLAN}; run `teal calibrate model` and `teal allocate model` first")
         refuses(*arguments, "--plan", "nowhere.json", says="nowhere.json does not exist")
+        if arguments[0] != "tune":  # which makes one
+            refuses(*arguments, says=f"no plan at {PLAN}; run `teal calibrate model` and `teal allocate model` first")
 
     @every_plan_reader
     def test_plan_of_other_shapes(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
@@ -670,11 +837,12 @@ class TestBadArtifacts:
     ) -> None:
         monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
         arguments = ["other" if argument == "model" else argument for argument in arguments]
-        outcome = teal(*arguments, "--plan", PLAN, *([] if arguments[0] == "generate" else ["--levels", "0.5"]))
+        outcome = teal(*arguments, "--plan", PLAN, *(["--levels", "0.5"] if arguments[0] in TAKES_LEVELS else []))
         assert outcome.code == 0
         (warning,) = outcome.warnings
         assert "the plan may not belong to this model: it was made for other weights" in warning
-        refuses(*arguments, "--plan", PLAN, "--strict", says="the plan may not belong to this model")
+        overwrite = ["--overwrite"] if arguments[0] == "tune" else []
+        refuses(*arguments, *overwrite, "--plan", PLAN, "--strict", says="the plan may not belong to this model")
 
     @every_plan_reader
     def test_a_models_own_plan_under_another_dtype(
@@ -682,7 +850,7 @@ class TestBadArtifacts:
     ) -> None:
         """The weights that count are the stored ones, float32 here. Warnings are errors."""
         monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
-        levels = [] if arguments[0] == "generate" else ["--levels", "0.5"]
+        levels = ["--levels", "0.5"] if arguments[0] in TAKES_LEVELS else []
         assert teal(*arguments, *levels, "--strict", "--dtype", "bfloat16").code == 0
 
     @every_plan_reader
@@ -727,10 +895,10 @@ class TestBadArtifacts:
         for arguments in (READS_MODEL["allocate"], ["inspect", STATISTICS]):
             refuses(*arguments, says=f"{STATISTICS} is truncated, corrupt or not safetensors")
 
-    @every_plan_reader
-    def test_a_level_above_the_grid(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
-        option = "--level" if arguments[0] == "generate" else "--levels"
-        refuses(*arguments, option, 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
+    @pytest.mark.parametrize("verb", ["generate", *TAKES_LEVELS])
+    def test_a_level_above_the_grid(self, verb: str, refuses: Callable[..., Outcome]) -> None:
+        option = "--levels" if verb in TAKES_LEVELS else "--level"
+        refuses(*READS_MODEL[verb], option, 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
         refuses("inspect", PLAN, "--level", 0.9, says="the plan covers sparsity 0.0 to 0.75, got 0.9")
 
     def test_a_damaged_result(self, refuses: Callable[..., Outcome]) -> None:
@@ -849,6 +1017,7 @@ class TestBadOutput:
             ("calibrate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
             ("allocate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
             ("evaluate", "teal: interrupted"),
+            ("tune", "teal: interrupted; statistics and plan are kept, repeat the command to search anew"),
             ("generate", "teal: interrupted"),
         ],
     )

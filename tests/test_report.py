@@ -1,4 +1,4 @@
-"""The report states what was measured, with the rule and the errors."""
+"""The tables state what was measured, with the rule and the errors."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,14 +7,9 @@ from helpers import random_tokens, tiny_model, tiny_plan
 
 from teal import report
 from teal.benchmark import Benchmark, LevelSpeed
+from teal.calibration import calibrate
 from teal.evaluation import Evaluation, Measurement, evaluate
 from teal.structure import identify
-
-
-def rows(text: str) -> list[list[str]]:
-    """The cells of a Markdown table, without the line below its head."""
-    lines = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("|-")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_table() -> None:
@@ -33,8 +28,8 @@ def evaluation() -> Evaluation:
 
 
 def test_quality() -> None:
-    text = report.quality_section(evaluation())
-    head, dense, sparse = rows(text)
+    head, (dense, sparse) = report.evaluation_table(evaluation())
+    text = report.evaluation_rule(evaluation())
     assert head[:3] == ["plan", "nominal", "realised"]
     assert dense == ["dense", "0", "0", "20.554 ± 1.408", "", "", ""]
     figures = ["24.817 ± 1.942", "+20.74 ± 2.38", "0.2171 ± 0.0144", "73.91 ± 1.11"]
@@ -46,8 +41,9 @@ def test_quality() -> None:
 def test_quality_of_a_single_sequence() -> None:
     """Which has no standard error: better none than ± 0."""
     several = evaluation()
-    text = report.quality_section(replace(several, rule={**several.rule, "sequences": 1}))
-    _, dense, sparse = rows(text)
+    single = replace(several, rule={**several.rule, "sequences": 1})
+    _, (dense, sparse) = report.evaluation_table(single)
+    text = report.evaluation_rule(single)
     assert dense[3] == "20.554"
     assert sparse[3:] == ["24.817", "+20.74", "0.2171", "73.91"]
     assert "in 1 sequence of 512 tokens" in text
@@ -57,7 +53,7 @@ def test_quality_of_a_single_sequence() -> None:
 def test_quality_of_a_real_run() -> None:
     model = tiny_model()
     result = evaluate(model, random_tokens(2, 16), tiny_plan(model), (0.25, 0.5))
-    assert len(rows(report.quality_section(result))) == 4
+    assert len(report.evaluation_table(result)[1]) == 3
 
 
 def test_speed() -> None:
@@ -70,29 +66,30 @@ def test_speed() -> None:
         "repeats": 5, "new_tokens": 32, "prompt_tokens": 64, "rule": "decode only",
         "largest_relative_error": 0.0036, "tolerance": 0.016,
     }  # fmt: skip
-    text = report.speed_section(Benchmark(speeds, 24.2e9, details))
-    _, dense, sparse = rows(text)
+    result = Benchmark(speeds, 24.2e9, details)
+    _, (dense, sparse) = report.speed_table(result)
+    text = "; ".join(report.speed_rule(result))
     assert dense[:3] == ["dense", "0.0000", "100.00 (90.00-110.00)"]
     assert sparse == ["0.5", "0.5000", "100.50 (90.00-110.00)", "1.50 (1.00-2.00)", "17.7", "30.2", "9"]
     assert "tiny, bfloat16 on cpu, layout row_major, 2 threads, torch 2.13; 5 repeats of 32 tokens after 64" in text
     assert "read bandwidth 24.2 GB/s, measured in the same run; decode only" in text
     assert "at most 3.6e-03 of the largest output (allowed 1.6e-02)" in text
-    assert "reads every weight: right, but not faster" in text
+    assert "reads every weight: right, but not faster" in (report.reads_every_weight(result) or "")
     skipping = [replace(speed, bytes_read=speed.bytes_needed) for speed in speeds]
-    assert "every weight" not in report.speed_section(Benchmark(skipping, 24.2e9, details))
+    assert report.reads_every_weight(replace(result, speeds=skipping)) is None
 
 
-def test_allocation() -> None:
-    text = report.allocation_section(tiny_plan(tiny_model()), 0.5)
-    head, first, second = rows(text)
+def test_plan() -> None:
+    head, (first, second) = report.plan_table(tiny_plan(tiny_model()), 0.5)
     assert head == ["block", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert first == ["0", *["0.50"] * 7]
+    assert first == ["0", *["0.500"] * 7]
     assert second[0] == "1"
 
 
-def test_samples() -> None:
-    text = report.samples_section(
-        [{"level": 0.0, "prompt": "The city", "text": " of\nlight "}, {"level": 0.5, "prompt": "The city", "text": "!"}]
-    )
-    assert "**dense**\n\n> The city of\n> light" in text
-    assert "**sparsity 0.5**\n\n> The city!" in text
+def test_thresholds() -> None:
+    statistics = calibrate(tiny_model(), random_tokens(4, 32))
+    head, rows = report.threshold_table(statistics, [0.25, 0.5])
+    assert head == ["block", "input", "tokens", "|x| dropped at 0.25", "|x| dropped at 0.5"]
+    assert len(rows) == 8
+    expected = statistics.blocks[1]["mlp_input"].threshold(0.5)
+    assert rows[6] == ["1", "mlp input", "96", rows[6][3], f"{expected:.4g}"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from teal.plan import SparsityPlan
     from teal.sparse_model import load, save, set_sparsity, sparsify
     from teal.statistics import ActivationStatistics
+    from teal.tuning import tune
 
 __all__ = [
     "ActivationStatistics",
@@ -28,6 +29,7 @@ __all__ = [
     "save",
     "set_sparsity",
     "sparsify",
+    "tune",
 ]
 
 _HOME = {
@@ -41,6 +43,7 @@ _HOME = {
     "save": "teal.sparse_model",
     "set_sparsity": "teal.sparse_model",
     "sparsify": "teal.sparse_model",
+    "tune": "teal.tuning",
 }
 
 

@@ -19,9 +19,11 @@ VERBS = {
     "allocate": "decide how sparse each projection is at each level",
     "import-published": "make a plan of the TEAL repository's published artifacts",
     "evaluate": "measure what sparsity costs in quality",
+    "tune": "find the level that reads the fewest bytes within a loss that you set",
     "generate": "generate text",
     "chat": "talk to a model",
     "bench": "measure decode speed, dense and sparse",
+    "report": "write a page about everything that was measured into a directory",
     "inspect": "show what an artifact or a model holds",
     "doctor": "show versions, devices and which kernels work here",
 }

@@ -76,9 +76,16 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, K] -> [..., T, N]: one token is sparse, more are dense, unless `dense_tokens` says otherwise."""
+        return self._product(x, self.dense_tokens)
+
+    def prefill(self, x: Tensor) -> Tensor:
+        """x [..., T, K] -> [..., T, N]: dense, also one token, unless `dense_tokens` says otherwise."""
+        return self._product(x, x.shape[-2] if self.dense_tokens < 0 else self.dense_tokens)
+
+    def _product(self, x: Tensor, dense_tokens: int) -> Tensor:
         if self.observer is not None:
-            self.observer(x[..., first_sparse_token(x.shape[-2], self.dense_tokens) :, :])
-        return sparse_linear(x, self.packed, self.threshold, self.bias, self.sparse_bias, self.dense_tokens)
+            self.observer(x[..., first_sparse_token(x.shape[-2], dense_tokens) :, :])
+        return sparse_linear(x, self.packed, self.threshold, self.bias, self.sparse_bias, dense_tokens)
 
     def decode(self, x: Tensor) -> Tensor:
         """x [B, K], one sparse token for each of B sequences -> [B, N]."""

@@ -1,11 +1,12 @@
-"""report: what a run of the pipeline found, as one Markdown page."""
+"""report: what was found, as tables and sentences that the terminal and the page share."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
+from teal.statistics import ActivationStatistics
+from teal.tuning import PairedLoss, Tuning
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows
 
@@ -74,6 +75,36 @@ def speed_table(result: Benchmark) -> Table:
     return ["level", "realised", *spreads, "MB needed", "MB read", "% of bandwidth"], rows
 
 
+def plan_table(plan: SparsityPlan, level: float) -> Table:
+    """The sparsity of every projection at one level."""
+    settings = plan.settings(level)
+    names = list(dict.fromkeys(name for block in settings for name in block))
+    rows = [
+        [str(index), *(f"{block[name].sparsity:.3f}" if name in block else "" for name in names)]
+        for index, block in enumerate(settings)
+    ]
+    return ["block", *(name.rpartition(".")[2] for name in names)], rows
+
+
+def threshold_table(statistics: ActivationStatistics, levels: Sequence[float]) -> Table:
+    """The threshold of every input of every block at some levels, and the tokens that were counted."""
+    rows = [
+        [str(index), name.replace("_", " "), str(entry.tokens), *(f"{entry.threshold(level):.4g}" for level in levels)]
+        for index, block in enumerate(statistics.blocks)
+        for name, entry in block.items()
+    ]
+    return ["block", "input", "tokens", *(f"|x| dropped at {level:g}" for level in levels)], rows
+
+
+def reads_every_weight(result: Benchmark) -> str | None:
+    """What there is to say of a layout that is not faster, if it is none of those that skip channels."""
+    if all(speed.bytes_read <= speed.bytes_needed for speed in result.speeds):
+        return None
+    return (
+        f"layout {result.details['layout']} computes with zeroed inputs and reads every weight: right, but not faster"
+    )
+
+
 def speed_rule(result: Benchmark) -> list[str]:
     """What a benchmark was measured on, and that its products are right."""
     d = result.details
@@ -87,34 +118,45 @@ def speed_rule(result: Benchmark) -> list[str]:
     ]
 
 
-def quality_section(result: Evaluation) -> str:
-    return "\n\n".join(["## Quality", markdown_table(*evaluation_table(result)), evaluation_rule(result) + "."])
+def tuning_table(result: Tuning) -> Table:
+    """Every level that was tried: on the search part, then on the other."""
+    budget = result.budget
 
+    def row(part: str, plan: str, level: float, sparsity: float, loss: PairedLoss) -> list[str]:
+        bound = loss.bound(result.confidence)
+        verdict = "yes" if bound <= budget.limit else "no"
+        figures = [budget.show(loss.mean), budget.show(bound), verdict, str(loss.sequences)]
+        return [part, plan, f"{level:g}", f"{sparsity:.4f}", *figures]
 
-def speed_section(result: Benchmark) -> str:
-    parts = ["## Decode speed", markdown_table(*speed_table(result)), "; ".join(speed_rule(result)) + "."]
-    if any(speed.bytes_read > speed.bytes_needed for speed in result.speeds):
-        layout = result.details["layout"]
-        parts.append(f"Layout `{layout}` computes with zeroed inputs and reads every weight: right, but not faster.")
-    return "\n\n".join(parts)
-
-
-def allocation_section(plan: SparsityPlan, level: float) -> str:
-    """The sparsity of every projection at one level."""
-    names = list(plan.blocks[0])
     rows = [
-        [str(index), *(f"{block[name].sparsity:.2f}" for name in names)]
-        for index, block in enumerate(plan.settings(level))
+        row("search", t.plan, t.level, t.sparsity, PairedLoss(t.loss, t.loss_error, t.sequences)) for t in result.trials
     ]
-    columns = ["block", *(name.rpartition(".")[2] for name in names)]
-    return f"## Sparsity of each projection at {level:g} ({plan.method})\n\n" + markdown_table(columns, rows)
+    if result.confirmation is not None:
+        for measured in result.confirmation.measurements:
+            loss = budget.loss(result.confirmation, measured)
+            rows.append(row("confirm", measured.plan, measured.level, measured.sparsity, loss))
+    columns = ["part", "plan", "level", "realised", budget.name, "at most", "fits", "sequences"]
+    return columns, rows
 
 
-def samples_section(samples: Sequence[dict[str, Any]]) -> str:
-    """Generated text, dense and sparse."""
-    parts = ["## Generated text", "One draw each, temperature 0.7, top-p 0.95, the same seed."]
-    for sample in samples:
-        title = "dense" if sample["level"] == 0 else f"sparsity {sample['level']:g}"
-        text = (sample["prompt"] + sample["text"]).strip().replace("\n", "\n> ")
-        parts.append(f"**{title}**\n\n> {text}")
-    return "\n\n".join(parts)
+def tuning_summary(result: Tuning) -> list[str]:
+    """What was found and is claimed, what it saves, and what it cost to find."""
+    budget, sequences = result.budget, result.details["confirmation_sequences"]
+    lines = []
+    if result.level:
+        lines = [
+            f"{result.plan} at level {result.level:g}: {budget.name} {budget.show(result.loss)}, with "
+            f"{100 * result.confidence:g} % confidence at most {budget.show(result.bound)} (allowed: {budget.text}), "
+            f"measured on {count(sequences, 'sequence')} that played no part in the search",
+            f"realised sparsity {result.sparsity:.4f}; weights read per token, LM head included: "
+            f"{result.dense_bytes / 1e6:.1f} MB dense, {result.sparse_bytes / 1e6:.1f} MB sparse "
+            f"({100 * result.sparse_bytes / result.dense_bytes:.0f} %)",
+        ]
+    if result.speed is not None and len(result.speed.speeds) > 1:
+        dense, sparse = result.speed.speeds[:2]
+        lines.append(
+            f"decode {dense.tokens_per_second:.2f} tokens/s dense, {sparse.tokens_per_second:.2f} sparse: "
+            f"{sparse.speedup:.2f} times ({sparse.speedup_slowest:.2f} to {sparse.speedup_fastest:.2f})"
+        )
+    cost = f"{result.tokens_evaluated} tokens run in {result.seconds:.0f} s, {count(len(result.trials), 'level')} tried"
+    return [*lines, *result.notes, cost]

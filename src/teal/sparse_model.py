@@ -102,17 +102,28 @@ def apply_plan(model: nn.Module, plan: SparsityPlan, level: float) -> None:
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write what makes `model` sparse (its plan and level, no weights) into `directory`, made if missing."""
+    save_settings(plan_of(model), model.sparsity_level, directory)  # pyright: ignore[reportArgumentType]
+
+
+def save_settings(plan: SparsityPlan, level: float, directory: str | Path) -> None:
+    """What `save` writes, for a plan and a level without a model."""
     directory = Path(directory)
-    plan_of(model).save(directory / PLAN_FILE)
-    settings = {"format": FORMAT, "version": VERSION, "plan": PLAN_FILE, "level": model.sparsity_level}
+    plan.save(directory / PLAN_FILE)
+    settings = {"format": FORMAT, "version": VERSION, "plan": PLAN_FILE, "level": level}
     write_json(directory / SETTINGS_FILE, settings)
 
 
 def load(model: nn.Module, directory: str | Path, *, strict: bool = False) -> nn.Module:
     """Make a freshly loaded dense `model` sparse as `save` left it. Returns the model."""
-    directory = Path(directory)
-    settings = read_json(directory / SETTINGS_FILE)
-    check_header(settings, FORMAT, VERSION, directory / SETTINGS_FILE)
+    plan, level = load_settings(directory)
+    return sparsify(model, plan, level, strict=strict)
+
+
+def load_settings(directory: str | Path) -> tuple[SparsityPlan, float]:
+    """The plan and the level that `save` wrote into `directory`."""
+    file = Path(directory) / SETTINGS_FILE
+    settings = read_json(file)
+    check_header(settings, FORMAT, VERSION, file)
     keys = ("format", "version", "plan", "level")
-    check_keys(settings, keys, directory / SETTINGS_FILE, keys)
-    return sparsify(model, SparsityPlan.load(directory / str(settings["plan"])), settings["level"], strict=strict)
+    check_keys(settings, keys, file, keys)
+    return SparsityPlan.load(file.parent / str(settings["plan"])), settings["level"]

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure the CPU kernel of each projection shape on random weights, against a plain read and torch",
     )  # fmt: skip
     common.add_plan(parser)
-    common.add_levels(parser, common.DEFAULT_LEVELS)
+    common.add_levels(parser, common.DEFAULT_LEVELS, tuned=True)
     parser.add_argument("--context", type=common.positive, default=64, help="prompt tokens (default: 64)")
     parser.add_argument("--tokens", type=common.positive, default=32, help="tokens decoded in a repeat (default: 32)")
     parser.add_argument("--repeats", type=common.positive, default=5, help="interleaved repeats (default: 5)")
@@ -55,12 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.kernels:
         return _run_kernels(arguments)
     load = _random_engine if arguments.shape else _engine
-    engine, plan, prompt_ids, name = load(arguments)
+    engine, plan, level, prompt_ids, name = load(arguments)
     engine.lm_head.set_sparsity(arguments.head_sparsity)
     result = benchmark(
         engine,
         plan,
-        arguments.levels,
+        arguments.levels or ([level] if level else common.DEFAULT_LEVELS),
         prompt_ids,
         name=name,
         new_tokens=arguments.tokens,
@@ -85,7 +85,7 @@ def _run_kernels(arguments: argparse.Namespace) -> None:
         structure = structure_from_config(resolve_model(arguments.model))
     result = benchmark_kernels(
         projection_shapes(structure),
-        arguments.levels,
+        arguments.levels or common.DEFAULT_LEVELS,
         quantization=common.quantization_of(arguments)["quantization"],
         dtype=common.dtype_of(arguments) or torch.bfloat16,
         repeats=arguments.repeats,
@@ -104,20 +104,23 @@ def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
     common.say(arguments, *speed_rule(result))
 
 
-def _engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "SparsityPlan", list[int], str]:
+Loaded = tuple["DecoderModel", "SparsityPlan", float | None, list[int], str]  # with the level chosen and a name
+
+
+def _engine(arguments: argparse.Namespace) -> Loaded:
     from teal.checkpoint import resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.engine.load import load_engine
 
-    plan = common.load_plan(arguments)
+    plan, level = common.chosen_plan(arguments)
     directory = resolve_model(arguments.model)
     arguments.text, arguments.field, arguments.wikitext = None, "text", False
     prompt = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.context, arguments.context, None)
     engine = load_engine(directory, common.dtype_of(arguments), arguments.device, **common.quantization_of(arguments))
-    return engine, plan, prompt.ids[0].tolist(), arguments.model or "the embedded model"
+    return engine, plan, level, prompt.ids[0].tolist(), arguments.model or "the embedded model"
 
 
-def _random_engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "SparsityPlan", list[int], str]:
+def _random_engine(arguments: argparse.Namespace) -> Loaded:
     import torch
 
     from teal.benchmark import plan_of_activations
@@ -129,4 +132,4 @@ def _random_engine(arguments: argparse.Namespace) -> tuple["DecoderModel", "Spar
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(engine.config.vocab_size, (arguments.context,), generator=generator).tolist()
     plan = plan_of_activations(engine, prompt)
-    return engine, plan, prompt, f"random weights of {arguments.shape}"
+    return engine, plan, None, prompt, f"random weights of {arguments.shape}"

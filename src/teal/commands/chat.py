@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from teal.commands import common
-from teal.commands.generation import TextModel, add_generation, summary
+from teal.commands.generation import TextModel, add_generation, conclude
 from teal.errors import TealError, UsageError
 
 
@@ -85,5 +85,5 @@ def _answer(model: TextModel, messages: list[dict[str, str]], arguments: argpars
     for piece in generation:
         print(piece, end="", file=stream, flush=True)
     print(file=stream)
-    print(summary(generation.statistics), file=sys.stderr)
+    conclude(generation.statistics)
     return generation.statistics

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from teal.data import TokenBlocks
     from teal.plan import SparsityPlan
 
-STATISTICS, PLAN = "statistics.safetensors", "plan.json"  # in a model's work directory
+STATISTICS, PLAN, TUNED = "statistics.safetensors", "plan.json", "tuned"  # in a model's work directory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_LEVELS = (0.25, 0.4, 0.5, 0.65)
 INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text")  # arguments that name what is read
@@ -87,14 +87,24 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="sparsity plan (default: teal-MODEL/plan.json)")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE",
+        help="sparsity plan, or a directory of teal tune or teal.save, whose level counts too "
+        "(default: teal-MODEL/tuned, without it teal-MODEL/plan.json)",
+    )  # fmt: skip
+    add_strict(parser)
+
+
+def add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
 
 
-def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...]) -> None:
+def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...], tuned: bool = False) -> None:
+    """--levels; with `tuned` it is None unless given, for a level that was tuned goes before the default."""
     parser.add_argument(
-        "--levels", type=level, nargs="+", metavar="S", default=list(default),
-        help=f"sparsities from 0 to below 1 (default: {' '.join(map(str, default))})",
+        "--levels", type=level, nargs="+", metavar="S", default=None if tuned else list(default),
+        help="sparsities from 0 to below 1 "
+        f"(default: {'as tuned, else ' if tuned else ''}{' '.join(map(str, default))})",
     )  # fmt: skip
 
 
@@ -126,6 +136,7 @@ def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
     for option, default in (("plan", PLAN), ("statistics", STATISTICS)):
         if getattr(arguments, option, True) is None:
             yield work_directory(arguments.model) / default
+            yield from (work_directory(arguments.model) / TUNED / name for name in (PLAN, "teal.json"))
 
 
 def _is_same(target: Path, other: Path) -> bool:
@@ -224,6 +235,25 @@ def command_for(verb: str, model: str | None) -> str:
     return f"`teal {verb} {model}`" if model else f"`teal {verb}`"
 
 
+def chosen_plan(arguments: argparse.Namespace) -> "tuple[SparsityPlan, float | None]":
+    """The plan to decode with, and the level that was chosen with it, if any.
+
+    What was named: a plan, or a directory of `teal tune` or `teal.save`; else what was tuned for the model, else its
+    plan.
+    """
+    from teal.sparse_model import SETTINGS_FILE, load_settings
+
+    tuned = work_directory(arguments.model) / TUNED
+    directory = arguments.plan if arguments.plan is not None and arguments.plan.is_dir() else None
+    if arguments.plan is None and (tuned / SETTINGS_FILE).is_file():
+        directory = tuned
+    if directory is None:
+        return load_plan(arguments), None
+    plan, level = load_settings(directory)
+    print(f"{directory}: level {level:g}" if level else f"{directory}: dense", file=sys.stderr)
+    return plan, level
+
+
 def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
     """The plan that was named, or the model's own in its work directory."""
     from teal.plan import SparsityPlan
@@ -233,6 +263,22 @@ def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
         calibrate, allocate = (command_for(verb, arguments.model) for verb in ("calibrate", "allocate"))
         raise TealError(f"no plan at {path}; run {calibrate} and {allocate} first, or name one with --plan")
     return SparsityPlan.load(path)
+
+
+def load_plans(arguments: argparse.Namespace) -> "dict[str, SparsityPlan]":
+    """The plans that were named, by the names of their files, or the model's own by its method."""
+    from teal.plan import SparsityPlan
+
+    if not arguments.plan:
+        plan = load_plan(arguments)
+        return {plan.method: plan}
+    return {name: SparsityPlan.load(path) for name, path in zip(distinct(arguments.plan), arguments.plan, strict=True)}
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """What to call the files in a table: by their stems if these differ, else by their paths."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def read_blocks(

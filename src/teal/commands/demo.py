@@ -3,13 +3,13 @@
 example:
   teal demo --output teal-demo
 
-Needs no download and a few minutes on two cores. Writes the artifacts and report.md into one directory.
+Needs no download and a few minutes on two cores. Writes the artifacts and report.html into one directory.
 An interrupted demo, repeated without --overwrite, continues after its last finished step.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +29,8 @@ INTERRUPTED = "interrupted; finished steps are kept, repeat the command without 
 PROMPT = "The city of"
 UNFINISHED = "unfinished"  # marks the output until the report is written
 STATISTICS, UNIFORM, BLOCKWISE = "statistics.safetensors", "uniform.json", "blockwise.json"
-EVALUATION, BENCH, REPORT = "evaluation.json", "bench.json", "report.md"
+EVALUATION, BENCH, SAMPLES, REPORT = "evaluation.json", "bench.json", "samples.json", "report.html"
+SAMPLING = "One draw each, temperature 0.7, top-p 0.95, the same seed"
 
 Result = TypeVar("Result")
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import EMBEDDED_MODEL
     from teal.engine.load import load_engine
+    from teal.report_page import write_report, write_samples
     from teal.sparse_model import sparsify
 
     started = time.monotonic()
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     samples = _samples(arguments, engine)
     speed = _speed(out, engine, plans["blockwise"])
     bench.show(arguments, speed)
-    _write_report(out, quality, plans["blockwise"], samples, speed)
+    write_samples(out / SAMPLES, samples, SAMPLING)
+    write_report(out, out / REPORT, "teal demo: the embedded model, dense and sparse")
     (out / UNFINISHED).unlink()
     seconds = time.monotonic() - started
     common.say(arguments, f"{seconds:.0f} s; artifacts and report: {out / REPORT}")
@@ -83,7 +86,7 @@ def _claim(out: Path, overwrite: bool) -> None:
         raise TealError(f"{out} exists and is not empty; name another --output or pass --overwrite")
     check_writable(out / REPORT)
     write_atomically(out / UNFINISHED, lambda path: path.write_text("Repeat `teal demo` to continue.\n"))
-    for name in (STATISTICS, UNIFORM, BLOCKWISE, EVALUATION, BENCH, REPORT):
+    for name in (STATISTICS, UNIFORM, BLOCKWISE, EVALUATION, BENCH, SAMPLES, REPORT):
         (out / name).unlink(missing_ok=True)
         discard_spool(common.spool_directory(out / name))
 
@@ -198,22 +201,3 @@ def _speed(out: Path, engine: "DecoderModel", plan: "SparsityPlan") -> "Benchmar
         return speed
 
     return _kept(out / BENCH, lambda path: Benchmark.from_json(read_json(path), path), make)
-
-
-def _write_report(
-    out: Path, quality: "Evaluation", plan: "SparsityPlan", samples: Sequence[dict[str, Any]], speed: "Benchmark"
-) -> None:
-    from teal import report
-    from teal.artifacts import write_atomically
-
-    sections = [
-        "# teal demo: the embedded model, dense and sparse",
-        "Calibrated on the embedded calibration text, measured on the embedded evaluation text, both held out from "
-        "the model's training. The model has 15 M parameters and is far more sensitive than a model of billions.",
-        report.quality_section(quality),
-        report.allocation_section(plan, 0.5),
-        report.samples_section(samples),
-        report.speed_section(speed),
-    ]
-    page = "\n\n".join(sections) + "\n"
-    write_atomically(out / REPORT, lambda path: path.write_text(page, encoding="utf-8"))

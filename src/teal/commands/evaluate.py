@@ -50,16 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.evaluation import evaluate
-    from teal.plan import SparsityPlan
 
     common.check_device(arguments.device)
-    if arguments.plan:
-        stems = [path.stem for path in arguments.plan]
-        names = stems if len(set(stems)) == len(stems) else map(str, arguments.plan)
-        plans = {name: SparsityPlan.load(path) for name, path in zip(names, arguments.plan, strict=True)}
-    else:
-        plan = common.load_plan(arguments)
-        plans = {plan.method: plan}
+    plans = common.load_plans(arguments)
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.length, arguments.tokens, None)
     result = evaluate(

@@ -7,10 +7,9 @@ examples:
 """
 
 import argparse
-import sys
 
 from teal.commands import common
-from teal.commands.generation import TextModel, add_generation, summary
+from teal.commands.generation import TextModel, add_generation, conclude
 from teal.errors import UsageError
 
 
@@ -35,5 +34,5 @@ def run(arguments: argparse.Namespace) -> None:
     for piece in generation:
         print(piece, end="", file=stream, flush=True)
     print(file=stream)
-    print(summary(generation.statistics), file=sys.stderr)
+    conclude(generation.statistics)
     common.write_result(arguments, {"prompt": prompt, **generation.statistics})

@@ -1,6 +1,7 @@
 """What `generate` and `chat` share: sampling options, loading, and one way to stream text from any model."""
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
     common.add_plan(parser)
-    parser.add_argument("--level", type=common.level, help="sparsity of decode, 0 is dense (default: 0.5)")
+    parser.add_argument(
+        "--level", type=common.level, help="sparsity of decode, 0 is dense (default: as tuned, else 0.5)"
+    )
     parser.add_argument("--dense", action="store_true", help="no sparsity; needs no plan")
     parser.add_argument(
         "--max-new-tokens", type=common.positive, default=max_new_tokens, metavar="N",
@@ -43,6 +46,11 @@ def add_generation(parser: argparse.ArgumentParser, max_new_tokens: int, tempera
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text (may be given several times)"
     )
+    parser.add_argument(
+        "--log-sparsity", action="store_true",
+        help="log the realised sparsity of each token, and warn of text unlike the calibration text; costs one more "
+        "prefill after each answer, decoding is as fast as without",
+    )  # fmt: skip
     common.add_dtype(parser)
     common.add_weights(parser)
     common.add_head(parser)
@@ -69,14 +77,16 @@ class TextModel:
 
         if arguments.dense and (arguments.plan is not None or arguments.level is not None):
             raise UsageError("--dense is without sparsity: leave out --plan and --level, or --dense")
-        self.plan = None if arguments.dense else common.load_plan(arguments)
+        if arguments.dense and arguments.log_sparsity:
+            raise UsageError("--dense is without sparsity: there is none to log")
+        self.log_sparsity = arguments.log_sparsity
+        self.plan, level = (None, 0.0) if arguments.dense else common.chosen_plan(arguments)
         directory = resolve_model(arguments.model)
         common.check_device(arguments.device)
         self.sampling = sampling_config(arguments)
         self.tokenizer = load_tokenizer(directory)
-        self.level = 0.0
-        if self.plan is not None:
-            self.level = default_level(self.plan) if arguments.level is None else arguments.level
+        level = level if arguments.level is None else arguments.level
+        self.level = default_level(self.plan) if level is None and self.plan is not None else level or 0.0
         self.engine: DecoderModel | None = None
         self.model: Any = None
         self.context = 0
@@ -127,15 +137,26 @@ class TextModel:
         if self.engine is None:
             return TextStream(self._transformers_pieces(prompt_ids, max_new_tokens, stop, statistics), statistics)
         generation = generate(self.engine, self.tokenizer, prompt_ids, max_new_tokens, self.sampling, stop)
-        return TextStream(self._engine_pieces(generation, statistics), statistics)
+        return TextStream(self._engine_pieces(generation, prompt_ids, statistics), statistics)
 
-    def _engine_pieces(self, generation: "Generation", statistics: dict[str, Any]) -> Iterator[str]:
+    def _engine_pieces(
+        self, generation: "Generation", prompt_ids: Sequence[int], statistics: dict[str, Any]
+    ) -> Iterator[str]:
         yield from generation
         result = generation.result
         statistics |= {
             "engine": "teal", "text": result.text, "finish_reason": result.finish_reason,
             "new_tokens": len(result.token_ids), "decode_tokens_per_second": round(result.decode_tokens_per_second, 2),
         }  # fmt: skip
+        self._log_sparsity(prompt_ids, result.token_ids, statistics)
+
+    def _log_sparsity(self, prompt_ids: Sequence[int], token_ids: Sequence[int], statistics: dict[str, Any]) -> None:
+        """Add the realised sparsity to the statistics if that was asked for."""
+        from teal.drift import log_sparsity
+
+        if not self.log_sparsity or not self.level or len(token_ids) < 2:
+            return
+        statistics["sparsity"] = log_sparsity(self.engine or self.model, prompt_ids, token_ids).to_json()
 
     def _transformers_pieces(
         self, prompt_ids: Sequence[int], max_new_tokens: int, stop: Sequence[str], statistics: dict[str, Any]
@@ -166,6 +187,7 @@ class TextModel:
             "decode_tokens_per_second": round(reader.decode_tokens_per_second(), 2),
         }  # fmt: skip
         yield statistics["text"]
+        self._log_sparsity(prompt_ids, tokens.tolist(), statistics)
 
 
 class _Reader:
@@ -215,11 +237,17 @@ def sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
     return SamplingConfig(**{name: getattr(arguments, name) for name in given if getattr(arguments, name) is not None})
 
 
-def summary(statistics: dict[str, Any]) -> str:
-    """One line on a finished generation."""
+def conclude(statistics: dict[str, Any]) -> None:
+    """Say in one line how a finished generation went, and warn of text unlike the calibration text."""
     sparse = f"sparsity {statistics['level']:g}" if statistics["level"] else "dense"
-    return (
+    log = statistics.get("sparsity")
+    if log:
+        sparse += f", realised {log['realised']:.3f} where {log['expected']:.3f} was expected"
+    print(
         f"{statistics['prompt_tokens']} prompt tokens, {statistics['new_tokens']} new, "
         f"{statistics['decode_tokens_per_second']} tokens/s ({sparse}, {statistics['engine']}), "
-        f"ended by {statistics['finish_reason']}"
+        f"ended by {statistics['finish_reason']}",
+        file=sys.stderr,
     )
+    if log and log["warning"]:
+        warnings.warn(log["warning"], stacklevel=2)

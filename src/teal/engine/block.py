@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from teal.engine.cache import BlockCache
 from teal.engine.config import EngineConfig
 from teal.linear import SparseLinear
-from teal.ops.sparse_gemv import pack, sparse_linear
+from teal.ops.sparse_gemv import pack
 
 # Gives the tensor of a name, of exactly this shape, in the dtype and on the device the model shall have.
 TakeTensor = Callable[[str, tuple[int, ...]], Tensor]
@@ -47,12 +47,6 @@ def _projection(
     return SparseLinear(packed, take(f"{name}.bias", shape[:1]) if bias else None)
 
 
-def _prefill(layer: SparseLinear, x: Tensor) -> Tensor:
-    """x [B, T, K] -> [B, T, N], dense also for T = 1, unless an evaluation asks for sparse tokens."""
-    dense_tokens = x.shape[1] if layer.dense_tokens < 0 else layer.dense_tokens
-    return sparse_linear(x, layer.packed, layer.threshold, layer.bias, layer.sparse_bias, dense_tokens)
-
-
 class Attention(nn.Module):
     """Grouped-query attention; `window` is how many positions a token sees, itself included; None is all."""
 
@@ -80,7 +74,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: BlockCache, cos: Tensor, sin: Tensor, start: int) -> Tensor:
         """x [B, T, d] at positions start ... start + T - 1 (cos, sin [T, head_dim]) -> [B, T, d]."""
-        projected = (_prefill(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        projected = (layer.prefill(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (part.transpose(1, 2) for part in self.split_heads(*projected))  # [B, heads, T, D]
         end = start + x.shape[1]
         cache.keys[:, :, start:end] = rotate(key, cos, sin)
@@ -90,7 +84,7 @@ class Attention(nn.Module):
             rotate(query, cos, sin), cache.keys[:, :, :end], cache.values[:, :, :end],
             attn_mask=mask, is_causal=mask is None, enable_gqa=True,
         )  # fmt: skip
-        return _prefill(self.o_proj, attended.transpose(1, 2).flatten(2))
+        return self.o_proj.prefill(attended.transpose(1, 2).flatten(2))
 
     def _mask(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """Which of the positions before `end` each token sees [T, end], or None for plain causality."""
@@ -113,7 +107,7 @@ class MLP(nn.Module):
         self.down_proj = _projection(take, "down_proj", (hidden, inner), config.mlp_bias, quantization)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _prefill(self.down_proj, F.silu(_prefill(self.gate_proj, x)) * _prefill(self.up_proj, x))
+        return self.down_proj.prefill(F.silu(self.gate_proj.prefill(x)) * self.up_proj.prefill(x))
 
 
 class DecoderBlock(nn.Module):
