@@ -7,8 +7,8 @@
 namespace teal {
 namespace {
 
-constexpr int64_t kUnits = 16;  // of a large projection: enough to balance a desktop's threads; more add more sums
-constexpr int64_t kUnitBytes = 128 << 10;  // of a dense unit, at least
+constexpr int64_t kUnits = 32;             // of a large projection: enough to balance a desktop's threads
+constexpr int64_t kUnitBytes = 512 << 10;  // of a dense unit, at least
 constexpr int64_t kLittleBytes = 256 << 10;
 
 int64_t bits(int32_t format) {

@@ -17,7 +17,13 @@ from teal.linear import SparseLinear
 from teal.ops import native, reference
 from teal.ops.cpu import MOST_OUTPUTS, RUN_BYTES, tile_outputs
 from teal.ops.layouts import LAYOUTS
-from teal.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from teal.ops.quantize import (
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+    rounding_error,
+)
 from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
@@ -266,3 +272,10 @@ class TestRounding:
         integers, scales = quantize(torch.zeros(3, 130))
         assert not integers.any()
         assert not scales.any()
+
+    def test_error_is_relative_to_the_weights(self) -> None:
+        weight = torch.tensor([[127.0, 1.5, 0.0, -3.0]])  # 1.5 becomes 2
+        assert rounding_error(weight, "int8") == pytest.approx(0.5 / float(weight.norm()))
+        assert rounding_error(2 * weight, "int8") == pytest.approx(0.5 / float(weight.norm()))
+        assert rounding_error(torch.tensor([[7.0, -3.0, 1.0]]), "int4") == 0
+        assert rounding_error(torch.zeros(2, 3), "int4") == 0

@@ -118,7 +118,8 @@ class TiledWeight(PackedWeight):
         rows = x.reshape(-1, self.in_features)
         if 0 < rows.shape[0] <= LITTLE_ROWS and self._is_native:
             keep_all = torch.full((), -1.0, dtype=torch.float32)
-            y = torch.cat([self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)])
+            parts = [self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             y = self._matrix_product(rows, bias)
         return y.view(*x.shape[:-1], self.out_features)

@@ -34,6 +34,16 @@ def dequantize_int4(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
     return (integers.float() * wide).to(dtype)
 
 
+def rounding_error(weight: Tensor, quantization: str) -> float:
+    """How far rounding moves a weight [N, K] to `int8` or `int4`: the norm of the difference over the weight's."""
+    wide = weight.float()
+    if quantization == "int8":
+        rounded = dequantize_int8(*quantize_int8(wide), torch.float32)
+    else:
+        rounded = dequantize_int4(*quantize_int4(wide), torch.float32)
+    return float((rounded - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
 def _round(values: Tensor, scales: Tensor, largest: int) -> Tensor:
     """An all-zero row has scale 0 and becomes zeros."""
     return (
