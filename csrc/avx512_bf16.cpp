@@ -18,9 +18,10 @@ struct Paired {
   static constexpr int wide = 16 / rows, narrow = 8;
   static constexpr bool has_single = false;
 
-  template <int kVectors, bool kFalling>
+  template <int kVectors>
   static void strip(const Tile& tile, const Kept& kept, int64_t begin, int64_t end, int64_t first, float* sums,
-                    int64_t stride, Prefetcher<Int4>& prefetcher) {
+                    int64_t stride, Prefetcher& prefetch) {
+    Prefetcher prefetcher = prefetch;
     constexpr int kLines = kVectors / 8;
     constexpr uint16_t kValues[] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,   // -8 ... -1
                                     0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // 0 ... 7
@@ -32,8 +33,8 @@ struct Paired {
       const int64_t next = i + 1 < end ? i + 1 : i;
       const uint8_t* run = runs + kept.channels[i] * tile.run_bytes;
       const uint8_t* next_run = runs + kept.channels[next] * tile.run_bytes;
-      prefetcher.template advance<kLines * TEAL_LINE_BYTES>();
-      if (next != i) prefetcher.template advance<kLines * TEAL_LINE_BYTES>();
+      prefetcher.template advance<kLines>();
+      if (next != i) prefetcher.template advance<kLines>();
       __m512bh x[rows];
       for (int row = 0; row < rows; ++row) {
         const uint32_t low = float_to_bits(kept.values[i * rows + row]) >> 16;
@@ -41,8 +42,7 @@ struct Paired {
         x[row] = (__m512bh)_mm512_set1_epi32(int(low | high));
       }
 #pragma GCC unroll 2
-      for (int step = 0; step < kLines; ++step) {
-        const int line = kFalling ? kLines - 1 - step : step;
+      for (int line = 0; line < kLines; ++line) {
         const __m512i a = _mm512_loadu_si512(run + line * TEAL_LINE_BYTES);
         const __m512i b = _mm512_loadu_si512(next_run + line * TEAL_LINE_BYTES);
         const __m512i pairs[] = {_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)),
@@ -64,6 +64,7 @@ struct Paired {
         const Vector scale = Vector::load_bfloat16(scales + v * kWidth);
         Vector::multiply_add(scale, Vector{sum[row][v]}, Vector::load(to)).store(to);
       }
+    prefetch = prefetcher;
   }
 };
 

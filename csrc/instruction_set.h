@@ -14,6 +14,7 @@ struct Kept {
   const int32_t* channels;
   const float* values;
   int64_t count;
+  int64_t following;  // channels after these that are multiplied next, for prefetches
 };
 
 // One tile of a weight: runs [K, T] with `run_bytes` from channel to channel.

@@ -7,8 +7,8 @@
 namespace teal {
 namespace {
 
-constexpr int64_t kUnits = 32;               // units of a large projection: enough to balance a desktop's threads
-constexpr int64_t kUnitBytes = 128 << 10;    // of a dense unit, at least
+constexpr int64_t kUnits = 32;             // of a large projection: enough to balance a desktop's threads
+constexpr int64_t kUnitBytes = 512 << 10;  // of a dense unit, at least
 constexpr int64_t kLittleBytes = 256 << 10;
 
 int64_t bits(int32_t format) {
@@ -106,7 +106,7 @@ void Product::multiply(int64_t unit) {
     const int64_t groups = ceil_divide(weight.inputs, TEAL_GROUP);
     part.scales = static_cast<const uint16_t*>(weight.scales) + tile * groups * weight.tile_outputs;
   }
-  const Kept kept{channels_.get() + begin, values_.get() + begin * rows_, end - begin};
+  const Kept kept{channels_.get() + begin, values_.get() + begin * rows_, end - begin, kept_ - end};
   float* sums = sums_.get() + slice * rows_ * stride_ + tile * weight.tile_outputs;
   const InstructionSet& set = chosen();
   MultiplyTile kernel = format_ == TEAL_BFLOAT16 ? set.multiply_bfloat16[weight.format][rows_ - 1] : nullptr;
@@ -130,7 +130,7 @@ void Product::multiply_alone(int row, const Tile& tile, const Kept& kept, float*
     channels[count] = channel;
     values[count++] = value;
   }
-  chosen().multiply[projection_->weight.format][0](tile, Kept{channels.get(), values.get(), count}, sums, stride_);
+  chosen().multiply[projection_->weight.format][0](tile, Kept{channels.get(), values.get(), count, 0}, sums, stride_);
 }
 
 void Product::finish(int row, int64_t begin, int64_t end, float* to) const {

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define TEAL_INTERFACE 1 /* raised with every change of this file; the caller compares */
+#define TEAL_INTERFACE 2 /* raised with every change of this file; the caller compares */
 #define TEAL_MAX_ROWS 8
 #define TEAL_GROUP 128       /* input channels that share an int4 scale */
 #define TEAL_LINE_BYTES 64   /* a tile's run of one channel is a multiple of this */
@@ -90,9 +90,6 @@ TEAL_EXPORT const char* teal_phase_name(int phase); /* null beyond the last */
 
 /* A plain read of `bytes` by all threads, for the bandwidth to measure against. Returns a checksum. */
 TEAL_EXPORT uint64_t teal_read(const void* data, int64_t bytes);
-
-/* Ask the system to back a fresh allocation with huge pages; only ever a hint. */
-TEAL_EXPORT void teal_advise_huge_pages(void* data, int64_t bytes);
 
 #ifdef __cplusplus
 }

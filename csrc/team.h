@@ -17,22 +17,32 @@ namespace teal {
 
 class Team {
  public:
-  // Runs `function(task)` for every task in [0, count) on whichever thread is free; returns when all are done.
-  // Every thread of the team calls it, the first time with `stage` 0, then 1, 0, 1, ...
+  // Runs `function(task)` for every task in [0, count): each thread takes those of its own part in order, then what is
+  // left of the others'. Returns when all are done. Every thread calls it, the first time with `stage` 0, then 1, 0, 1, ...
   template <class Function>
-  void share(int stage, int size, int64_t count, Function function) {
-    std::atomic<int64_t>& next = next_[stage];
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) function(task);
-    wait(size, next_[1 - stage]);
+  void share(int stage, int size, int rank, int64_t count, Function function) {
+    const int parts = size < kParts ? size : kParts;
+    for (int i = 0; i < parts; ++i) {
+      const int part = (rank + i) % parts;
+      const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+      std::atomic<int64_t>& next = next_[stage][part].count;
+      for (int64_t task; (task = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) function(task);
+    }
+    wait(size, parts, next_[1 - stage]);
   }
 
  private:
-  // The last to arrive resets the counter of the stage before, which everybody has left.
-  void wait(int size, std::atomic<int64_t>& counter) {
+  static constexpr int kParts = 64;
+  struct alignas(64) Counter {
+    std::atomic<int64_t> count{0};
+  };
+
+  // The last to arrive resets the counters of the stage before, which everybody has left.
+  void wait(int size, int parts, Counter* counters) {
     const int generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
       arrived_.store(0, std::memory_order_relaxed);
-      counter.store(0, std::memory_order_relaxed);
+      for (int part = 0; part < parts; ++part) counters[part].count.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
       return;
     }
@@ -47,7 +57,7 @@ class Team {
     }
   }
 
-  std::atomic<int64_t> next_[2] = {};
+  Counter next_[2][kParts];
   std::atomic<int> arrived_{0}, generation_{0};
 };
 
@@ -58,7 +68,7 @@ class Member {
 
   template <class Function>
   void share(int64_t count, Function function) {
-    team_.share(stage_, size_, count, function);
+    team_.share(stage_, size_, rank_, count, function);
     stage_ = 1 - stage_;
   }
   bool first() const { return rank_ == 0; }

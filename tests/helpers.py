@@ -1,5 +1,6 @@
 """Tiny models, plans and tokenizers for tests; nothing here reads a file."""
 
+import json
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
 from teal.blockwalk import BlockSource
 from teal.ops.reference import drop_small
 from teal.plan import DENSE, ProjectionPlan, SparsityPlan
+from teal.shapes import shape_config
 from teal.structure import ModelIdentity, ModelStructure, Projection, identify
 
 BEGIN, END = 0, 1  # ids of <s> and </s>; byte values follow from 2 on
@@ -234,3 +237,25 @@ def interrupted_after(source: BlockSource, blocks: int, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(source, "block", failing)
     return source
+
+
+def random_checkpoint(directory: Path, name: str) -> int:
+    """Write a sharded checkpoint of a real shape, tensor by tensor, with the byte tokenizer. Returns its bytes."""
+    config = shape_config(name)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    names = [name for name in model.state_dict() if name != "lm_head.weight"]  # tied
+    generator = torch.Generator().manual_seed(0)
+    index: dict[str, str] = {}
+    for number, name in enumerate(names):
+        shape = model.get_parameter(name).shape
+        tensor = torch.ones(shape, dtype=torch.bfloat16)
+        if tensor.ndim > 1:
+            tensor = torch.randn(shape, dtype=torch.bfloat16, generator=generator) * 0.02
+        index[name] = f"model-{number:05}.safetensors"
+        save_file({name: tensor}, directory / index[name], metadata={"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))

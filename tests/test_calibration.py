@@ -18,8 +18,8 @@ from helpers import (
     BEGIN,
     FAMILIES,
     Interrupted,
-    byte_tokenizer,
     interrupted_after,
+    random_checkpoint,
     random_tokens,
     save_tiny,
     tiny_model,
@@ -34,7 +34,6 @@ from teal.checkpoint import load_model
 from teal.cli import main
 from teal.data import TokenBlocks
 from teal.errors import TealError, UsageError
-from teal.shapes import shape_config
 from teal.statistics import ActivationStatistics, InputStatistics
 from teal.structure import INPUTS, ModelStructure
 
@@ -352,28 +351,6 @@ def test_a_killed_process_continues_and_ends_with_the_same_bytes(verb: str, suff
     if verb == "allocate":
         assert main(command(place, verb, f"uninterrupted.{suffix}")) == 0
     assert sha256(output) == sha256(place / f"uninterrupted.{suffix}")
-
-
-def random_checkpoint(directory: Path, name: str) -> int:
-    """Write a sharded checkpoint of a real shape, tensor by tensor, with the byte tokenizer. Returns its bytes."""
-    config = shape_config(name)
-    config.dtype = torch.bfloat16
-    config.save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    names = [name for name in model.state_dict() if name != "lm_head.weight"]  # tied
-    generator = torch.Generator().manual_seed(0)
-    index: dict[str, str] = {}
-    for number, name in enumerate(names):
-        shape = model.get_parameter(name).shape
-        tensor = torch.ones(shape, dtype=torch.bfloat16)
-        if tensor.ndim > 1:
-            tensor = torch.randn(shape, dtype=torch.bfloat16, generator=generator) * 0.02
-        index[name] = f"model-{number:05}.safetensors"
-        save_file({name: tensor}, directory / index[name], metadata={"format": "pt"})
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 # Not getrusage: what it reports includes the process that started this one.

@@ -246,6 +246,14 @@ class TestPipeline:
         assert json.loads(result.out)["kind"] == kind
         assert shown in result.err
 
+    def test_inspect_tells_what_rounding_changes(self, teal: Callable[..., Outcome]) -> None:
+        weights = load_file("model/model.safetensors")
+        weights["model.layers.0.self_attn.k_proj.weight"][0, 0] = float("nan")
+        save_file(weights, "model/model.safetensors", {"format": "pt"})
+        errors = json.loads(teal("inspect", "model", "--json", "-").out)["rounding_error"]
+        assert 0 < errors["mlp.up_proj"]["int8"] < 0.02 < errors["mlp.up_proj"]["int4"] < 0.2
+        assert errors["self_attn.k_proj"]["int8"] is None
+
     def test_inspect_names_projections_in_order(self, teal: Callable[..., Outcome]) -> None:
         (head,) = [line for line in teal("inspect", PLAN).out.splitlines() if line.startswith("block")]
         assert head.split() == ["block", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -326,6 +334,15 @@ class TestPipeline:
             == (payload["text"])
         )
 
+    @pytest.mark.parametrize("options", [["--weights", "int4"], ["--head-weights", "int4"], ["--head-sparsity", "0.9"]])
+    def test_generate_with_rounded_weights_or_a_sparse_head(
+        self, options: list[str], teal: Callable[..., Outcome]
+    ) -> None:
+        command = ["generate", "model", "--prompt", "The", "--temperature", "1", "--seed", "0", "--json", "-"]
+        plain, changed = (json.loads(teal(*command, *more).out) for more in ([], options))
+        assert changed["engine"] == "teal"
+        assert changed["text"] != plain["text"]
+
     def test_generate_samples_by_seed(self, teal: Callable[..., Outcome]) -> None:
         def text(seed: int) -> str:
             options = ["--temperature", "1", "--top-p", "0.9", "--top-k", "50", "--seed", str(seed), "--json", "-"]
@@ -362,6 +379,35 @@ class TestPipeline:
         assert [speed["level"] for speed in json.loads(Path("b.json").read_text())["speeds"]] == [0, 0.5]
         assert teal("inspect", "b.json").out == result.out
         assert json.loads(teal(*arguments, "--json", "-").out)["details"]["model"] == "model"
+
+    @pytest.mark.parametrize(
+        ("options", "layout"),
+        [
+            (["--weights", "int8"], "cpu_int8"),
+            (["--weights", "int4", "--head-weights", "int4", "--head-sparsity", "0.5"], "cpu_int4"),
+        ],
+    )
+    def test_bench_of_rounded_weights(
+        self, options: list[str], layout: str, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        command = [
+            "bench",
+            "model",
+            "--context",
+            "8",
+            "--tokens",
+            "4",
+            "--repeats",
+            "1",
+            "--levels",
+            "0.5",
+            "--json",
+            "-",
+        ]
+        plain, rounded = (json.loads(teal(*command, *more).out) for more in ([], options))
+        assert rounded["details"]["layout"] == layout
+        assert rounded["speeds"][0]["bytes_needed"] < plain["speeds"][0]["bytes_needed"]
 
     def test_bench_of_a_shape(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)

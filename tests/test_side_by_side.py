@@ -13,7 +13,7 @@ from helpers import tiny_config
 from side_by_side import gguf_file, rounds
 from side_by_side.gguf_file import ensure_gguf, interleave_rotary_rows, plan_gguf
 from side_by_side.rounds import Agreement, Spread, Worker, rotated, speedup, tokens_per_second
-from side_by_side.weights import SharedWeights
+from side_by_side.weights import SharedWeights, output_scale
 
 from teal.engine.block import rotate
 from teal.engine.config import EngineConfig
@@ -344,3 +344,11 @@ class TestCommand:
         assert capsys.readouterr().err == (
             "llama_cpp.py: llama_cpp not installed; see `python llama_cpp.py --help` for the command\n"
         )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "blocks", "scale"),
+    [(2048, 8192, 16, 1 / 8), (4096, 14336, 32, 1 / 32), (32, 56, 2, 1 / 8)],
+)
+def test_blocks_add_less_the_more_there_are(hidden: int, intermediate: int, blocks: int, scale: float) -> None:
+    assert output_scale(hidden, intermediate, blocks) == scale

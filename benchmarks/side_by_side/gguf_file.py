@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 FINGERPRINT = "teal.weights"
-VERSION = 2  # of what a plan and its random weights make
+VERSION = 3  # of what a plan and its random weights make
 INSTALL = 'pip install -c constraints.txt ".[llama-cpp]"'
 
 

@@ -114,6 +114,7 @@ class TealSide(Side):
         from teal.engine.model import DecoderModel
         from teal.engine.sampling import Sampler, SamplingConfig
         from teal.linear import sparse_layers
+        from teal.ops.native import new_tensor
         from teal.shapes import shape_config
 
         torch.set_num_threads(task["threads"])
@@ -136,7 +137,7 @@ class TealSide(Side):
         self._inputs = self._observe(task["calibration"])
         self.select(max(task["levels"]), False)
         error = check_products(self._engine)
-        self._buffer = torch.ones(READ_BYTES // 4)
+        self._buffer = new_tensor((READ_BYTES // 4,), torch.float32).fill_(1)
         self.details = {
             "version": torch.__version__,
             "layout": next(iter(self._layers.values())).packed.layout,
@@ -182,12 +183,9 @@ class TealSide(Side):
         return {"sparsity": meter.sparsity(), "bytes": bytes_per_token(self._engine, meter.sparsity(), middle)[1]}
 
     def bandwidth(self) -> float:
-        seconds = []
-        for _ in range(READS):
-            started = time.perf_counter()
-            self._buffer.amax()  # of PyTorch's reductions the fastest; neither side's own code
-            seconds.append(time.perf_counter() - started)
-        return self._buffer.numel() * self._buffer.element_size() / min(seconds)
+        from teal.benchmark import read_bandwidth
+
+        return max(read_bandwidth(self._buffer) for _ in range(READS))
 
     def _choose(self, token: int) -> int:
         from teal.engine.generate import decode_one_token

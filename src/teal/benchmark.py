@@ -119,7 +119,7 @@ def benchmark(
             _decode_seconds(engine, state, prompt_ids, new_tokens)
         sparsity[level] = meter.sparsity()
     seconds: dict[float, list[float]] = {level: [] for level in levels}
-    bandwidths, buffer = [], torch.ones(READ_BYTES // 4, dtype=torch.float32, device=engine.device)
+    bandwidths, buffer = [], native.new_tensor((READ_BYTES // 4,), torch.float32).fill_(1).to(engine.device)
     read_bandwidth(buffer)  # warms up
     for _ in track(range(repeats), "decoding", repeats, show_progress):
         bandwidths.append(read_bandwidth(buffer))

@@ -1,12 +1,14 @@
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from engine_models import random_model
-from helpers import tiny_config, tiny_plan
+from helpers import random_checkpoint, tiny_config, tiny_plan
 from safetensors.torch import load_file, save_file
 
 from teal.checkpoint import check_memory, load_model
@@ -15,6 +17,7 @@ from teal.engine.config import EngineConfig
 from teal.engine.load import DEFAULT_CONTEXT
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
+from teal.ops import native
 from teal.structure import identify
 
 
@@ -193,3 +196,41 @@ def test_the_weights_that_are_counted_are_those_of_the_model(tied, monkeypatch):
     monkeypatch.setenv("TEAL_LAYOUT", "channel_major")  # which copies
     model = DecoderModel(config, lambda name, shape: torch.zeros(shape), 8)
     assert config.weights == sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+
+
+# Of the memory that is not a mapped file, which the system may drop: the most while the engine is loaded.
+MEASURE = """
+import re, sys, threading, torch
+from teal.engine import load_engine
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read()).group(1))
+
+loaded, peak, before = threading.Event(), [0], anonymous()
+
+def watch():
+    while not loaded.wait(0.002):
+        peak[0] = max(peak[0], anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+quantization = sys.argv[2] if len(sys.argv) > 2 else None
+engine = load_engine(sys.argv[1], quantization=quantization, head_quantization=quantization, context=64)
+loaded.set()
+watcher.join()
+print(peak[0] - before, anonymous() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available() or sys.platform != "linux", reason="measures the packed weights on Linux")
+def test_packing_holds_no_second_copy(tmp_path):
+    """At Llama-3.2-1B's shape: rounded or not, loading takes at most the checkpoint's size and a quarter."""
+    size = random_checkpoint(tmp_path / "model", "llama-3.2-1b")
+    for quantization in (None, "int8", "int4"):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), *([quantization] if quantization else [])]
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, stays = map(int, process.stdout.split())
+        print(f"checkpoint {size / 1e6:.0f} MB, {quantization}: peak {peak / 1e6:.0f} MB, stays {stays / 1e6:.0f} MB")
+        assert peak < 1.25 * size
+    shutil.rmtree(tmp_path / "model")

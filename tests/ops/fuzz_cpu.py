@@ -35,7 +35,7 @@ def call(draw: random.Random, generator: torch.Generator) -> None:
 
     dtype = draw.choice(list(ROUNDING))
     layout = draw.choice(LAYOUT_NAMES)
-    n, k, rows = size(draw, 2100), size(draw, 400), draw.randint(0, 10)
+    n, k, rows = size(draw, 4200), size(draw, 400), draw.randint(0, 10)
     weight = LAYOUTS[layout].pack(normal(k, n).t() if draw.random() < 0.2 else normal(n, k))
     x = normal(rows, 2 * k)[:, ::2] if draw.random() < 0.2 else normal(rows, k)
     if rows and draw.random() < 0.1:

@@ -16,9 +16,16 @@ from torch import Tensor
 from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear
 from teal.ops import native, reference
-from teal.ops.cpu import tile_outputs
+from teal.ops.cpu import MOST_OUTPUTS, RUN_BYTES, tile_outputs
 from teal.ops.layouts import LAYOUTS
-from teal.ops.quantize import dequantize_groups, dequantize_int8, quantize_groups, quantize_int8, round_to_nearest
+from teal.ops.quantize import (
+    dequantize_groups,
+    dequantize_int8,
+    quantize_groups,
+    quantize_int8,
+    round_to_nearest,
+    rounding_error,
+)
 from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
@@ -49,7 +56,7 @@ class TestKernels:
     @pytest.mark.parametrize("rows", [1, 2, 5, 8])
     @pytest.mark.parametrize("layout", TILED)
     def test_same_bits_on_any_number_of_threads(self, layout: str, rows: int, threads: Any) -> None:
-        weight = LAYOUTS[layout].pack(normal(1500, 1000, dtype=torch.bfloat16))
+        weight = LAYOUTS[layout].pack(normal(4200, 1000, dtype=torch.bfloat16))
         x, results = normal(rows, 1000, dtype=torch.bfloat16, seed=1), []
         for count in (1, 2, 3, 7, 2):
             threads(count)
@@ -65,7 +72,7 @@ class TestKernels:
     ) -> None:
         library, dtype = native.library(), torch.bfloat16
         assert library is not None
-        weight = LAYOUTS[layout].pack(normal(1500, 400, dtype=dtype))
+        weight = LAYOUTS[layout].pack(normal(2100, 400, dtype=dtype))
         tiles, *scales, outputs = (tensor.clone() for tensor in weight.storage)
         if layout == "cpu":
             tiles[1, 3, 17] = tiles[0, 9] = special
@@ -138,7 +145,7 @@ class TestChoice:
         subprocess.run([compiler, "-shared", "-fPIC", "old.c", "-o", "old.so"], cwd=tmp_path, check=True)
         monkeypatch.delenv(native.ENVIRONMENT, raising=False)
         monkeypatch.setattr(native, "find", lambda: tmp_path / "old.so")
-        with pytest.raises(TealError, match="this version needs 1; reinstall: pip install --no-cache-dir"):
+        with pytest.raises(TealError, match="this version needs 2; reinstall: pip install --no-cache-dir"):
             native.library.__wrapped__()
 
     def test_none_leaves_pytorch(self) -> None:
@@ -215,13 +222,21 @@ class TestStorage:
 
     @pytest.mark.parametrize("bits", [4, 8, 16, 32])
     @pytest.mark.parametrize("n", [1, 31, 512, 1025, 4096, 14336])
-    def test_tiles_hold_all_outputs_in_runs_of_at_most_a_kilobyte(self, n: int, bits: int) -> None:
+    def test_tiles_hold_all_outputs_in_runs_of_at_most_a_page(self, n: int, bits: int) -> None:
         size = tile_outputs(n, bits)
         tiles = -(-n // size)
-        assert size * bits % 512 == 0
-        assert size * bits <= 8192
+        assert size * bits % (8 * native.LINE_BYTES) == 0
+        assert size * bits <= 8 * RUN_BYTES
         assert (tiles - 1) * size < n <= tiles * size
-        assert n * bits < 8192 or size * bits > 4096
+        assert size <= MOST_OUTPUTS
+        assert tiles == 1 or 2 * size * bits >= min(8 * RUN_BYTES, MOST_OUTPUTS * bits)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the allocator decides")
+    @pytest.mark.parametrize("layout", TILED)
+    def test_large_weights_begin_at_a_huge_page(self, layout: str) -> None:
+        tiles = LAYOUTS[layout].pack(torch.ones(4096, 1100)).storage[0]
+        assert tiles.data_ptr() % native.HUGE_PAGE == 0
+        assert tiles.untyped_storage().nbytes() == tiles.nbytes
 
     @pytest.mark.parametrize("shape", [(1, 1), (3, 130), (130, 3), (2050, 257)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -278,3 +293,10 @@ class TestRounding:
         integers, scales = quantize(torch.zeros(3, 130))
         assert not integers.any()
         assert not scales.any()
+
+    def test_error_is_relative_to_the_weights(self) -> None:
+        weight = torch.tensor([[127.0, 1.5, 0.0, -3.0]])  # 1.5 becomes 2
+        assert rounding_error(weight, "int8") == pytest.approx(0.5 / float(weight.norm()))
+        assert rounding_error(2 * weight, "int8") == pytest.approx(0.5 / float(weight.norm()))
+        assert rounding_error(torch.tensor([[7.0, -3.0, 1.0]]), "int4") == 0
+        assert rounding_error(torch.zeros(2, 3), "int4") == 0

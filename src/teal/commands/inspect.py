@@ -10,12 +10,14 @@ examples:
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.commands import bench, common, evaluate, tasks, tune
 
 if TYPE_CHECKING:
+    from teal.checkpoint import Checkpoint
     from teal.plan import Setting
     from teal.structure import ModelIdentity, ModelStructure
 
@@ -137,6 +139,23 @@ def _rounded_bytes(structure: "ModelStructure", quantization: str) -> int:
     return sum(n * k // 2 + 2 * n * -(-k // 128) for n, k in sizes)
 
 
+ROUNDED_ROWS = 256  # outputs of each projection whose rounding error is looked at: enough to tell, quick to read
+
+
+def _rounding_errors(checkpoint: "Checkpoint", structure: "ModelStructure") -> dict[str, dict[str, float | None]]:
+    """For each projection of block 0 what rounding changes, relative to the weights; None where these are not finite.
+    Empty if only transformers can map the names of the weights."""
+    from teal.ops.quantize import rounding_error
+    from teal.ops.sparse_gemv import QUANTIZATIONS
+
+    path, found = checkpoint.block_path(structure), {}
+    for projection in structure.blocks[0] if path is not None else ():
+        weight = checkpoint.rows(f"{path}.0.{projection.name}.weight", ROUNDED_ROWS)
+        errors = {name: rounding_error(weight, name) for name in QUANTIZATIONS}
+        found[projection.name] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    return found
+
+
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     from teal.checkpoint import Checkpoint, load_config, resolve_model, structure_from_config
     from teal.ops.sparse_gemv import QUANTIZATIONS
@@ -150,6 +169,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     _identity(arguments, identity)
     common.say(arguments, f"context      {common.context_length(config)} tokens")
     total = sum(p.size for block in structure.blocks for p in block)
+    errors = _rounding_errors(checkpoint, structure)
     rows = [
         [
             p.name,
@@ -157,10 +177,13 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
             str(p.out_features),
             str(p.in_features),
             f"{100 * len(structure.blocks) * p.size / total:.1f}",
+            *("?" if error is None else f"{100 * error:.2f}" for error in errors.get(p.name, {}).values()),
         ]
         for p in structure.blocks[0]
     ]
     columns = ["projection", "input", "outputs N", "inputs K", "% of block weights"]
+    if errors:
+        columns += [f"{name} error %" for name in QUANTIZATIONS]
     common.say(arguments, f"\nblock 0 of {len(structure.blocks)}")
     common.print_table(arguments, columns, rows)
     sizes = {name: _rounded_bytes(structure, name) for name in QUANTIZATIONS}
@@ -172,5 +195,6 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
         "directory": str(directory),
         "bytes": checkpoint.bytes(),
         "rounded_bytes": sizes,
+        "rounding_error": errors,
         "model": identity.to_json(),
     }

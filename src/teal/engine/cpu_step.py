@@ -139,14 +139,19 @@ class _PreparedLayer:
         self.layer = layer
         self.dtype = dtype
         self.target: native.Projection
-        self._seen: tuple[object, ...] = (None,)
+        self._seen: tuple[object, ...] = (None,) * 4
 
     def refresh(self) -> bool:
         """Whether the native call may serve; False while the layer is observed."""
         layer = self.layer
         buffers = layer._buffers
-        seen = (buffers["threshold"], buffers["sparse_bias"], layer.always_dense, layer.revision)
-        if any(new is not old for new, old in zip(seen, self._seen, strict=False)) or len(self._seen) == 1:
+        threshold, sparse_bias, revision, dense = self._seen
+        if (
+            buffers["threshold"] is not threshold
+            or buffers["sparse_bias"] is not sparse_bias
+            or layer.revision != revision
+            or layer.always_dense != dense
+        ):
             weight, dense = layer.packed, layer.always_dense
             assert isinstance(weight, TiledWeight)
             tensors = (weight, layer.bias, layer.sparse_bias)
@@ -159,7 +164,7 @@ class _PreparedLayer:
                 None if dense else layer.sparse_bias,
             )
             ctypes.pointer(self.target)[0] = projection
-            self._seen = seen
+            self._seen = buffers["threshold"], buffers["sparse_bias"], layer.revision, dense
         return layer.observer is None
 
 

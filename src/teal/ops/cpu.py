@@ -1,4 +1,4 @@
-"""Weights for the native CPU kernels: tiles [ceil(N / T), K, T], so that a kept channel is one run of a kilobyte.
+"""Weights for the native CPU kernels: tiles [ceil(N / T), K, T], so that a kept channel is one run of some kilobytes.
 
 Without the native library, or on another device, the same storage is multiplied through PyTorch, slowly.
 """
@@ -23,14 +23,15 @@ from teal.ops.quantize import (
 )
 from teal.ops.reference import drop_small
 
-RUN_BYTES = 1024  # what is read of a kept channel at a time: shorter runs lose bandwidth when channels are skipped
+RUN_BYTES = 4096  # what is read of a kept channel at a time: shorter runs lose bandwidth when channels are skipped
+MOST_OUTPUTS = 4096  # of a tile: the sums of more would leave the first-level cache
 LITTLE_ROWS = 32  # up to here the kernel, 8 rows at a time, is faster than a matrix product
 
 
 def tile_outputs(n: int, bits: int) -> int:
-    """T: a run of at most RUN_BYTES, tiles as equal as whole lines allow."""
+    """T: a run of at most RUN_BYTES and MOST_OUTPUTS, tiles as equal as whole lines allow."""
     line = native.LINE_BYTES * 8 // bits
-    tiles = -(-n * bits // (RUN_BYTES * 8))
+    tiles = -(-n // min(RUN_BYTES * 8 // bits, MOST_OUTPUTS))
     return -(-n // (tiles * line)) * line
 
 
@@ -117,7 +118,8 @@ class TiledWeight(PackedWeight):
         rows = x.reshape(-1, self.in_features)
         if 0 < rows.shape[0] <= LITTLE_ROWS and self._is_native:
             keep_all = torch.full((), -1.0, dtype=torch.float32)
-            y = torch.cat([self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)])
+            parts = [self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             y = self._matrix_product(rows, bias)
         return y.view(*x.shape[:-1], self.out_features)

@@ -1,7 +1,10 @@
 """The native CPU library: where it is, which instruction set it uses, and its C interface (csrc/teal.h) in ctypes."""
 
 import ctypes
+import math
+import mmap
 import os
+import sys
 from contextlib import suppress
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
@@ -13,9 +16,10 @@ from torch import Tensor
 
 from teal.errors import TealError
 
-INTERFACE = 1
+INTERFACE = 2
 GROUP = 128  # input channels that share an int4 scale
 PHASES = 16
+HUGE_PAGE = 2 << 20  # bytes
 LINE_BYTES = 64  # a tile's run of one channel is a multiple of this
 ACTIVATIONS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
@@ -66,7 +70,6 @@ _SIGNATURES = {
     "teal_decode_blocks": (c_int, [c_void_p, c_int64, c_void_p]),
     "teal_phase_name": (c_char_p, [c_int]),
     "teal_read": (c_uint64, [c_void_p, c_int64]),
-    "teal_advise_huge_pages": (None, [c_void_p, c_int64]),
 }
 
 
@@ -148,8 +151,14 @@ def projection(weight: Weight, threshold: Tensor, bias: Tensor | None, sparse_bi
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized CPU tensor, in huge pages if the system likes."""
-    tensor = torch.empty(shape, dtype=dtype)
-    if (native := library()) is not None:
-        native.teal_advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    return tensor
+    """An uninitialized CPU tensor; on Linux, if it is large, from the start of a huge page on, in huge pages if the
+    system gives them: runs of weights then end within pages, and skipping channels misses no address translation."""
+    count = math.prod(shape)
+    whole = count * dtype.itemsize // HUGE_PAGE * HUGE_PAGE
+    if whole == 0 or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE, start, whole)  # the rest would fill a page that is mostly empty
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)

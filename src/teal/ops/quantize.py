@@ -53,6 +53,13 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return dequantize_groups(*quantize_groups(weight, bits), weight.dtype)
 
 
+def rounding_error(weight: Tensor, quantization: str) -> float:
+    """How far rounding moves a weight [N, K] to `int8` or `int4`: the norm of the difference over the weight's."""
+    wide = weight.float()
+    rounded = round_to_nearest(wide, {"int8": 8, "int4": 4}[quantization])
+    return float((rounded - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
 def _round(values: Tensor, scales: Tensor, largest: int) -> Tensor:
     """An all-zero row has scale 0 and becomes zeros."""
     return (

@@ -5,9 +5,6 @@
 
 #include "instruction_set.h"
 #include "team.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 extern "C" {
 
@@ -24,18 +21,6 @@ uint64_t teal_read(const void* data, int64_t bytes) {
     });
   });
   return total.load();
-}
-
-void teal_advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kPage * kPage;
-  if (data != nullptr && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
 }
 
 }  // extern "C"
