@@ -259,6 +259,26 @@ class TestPipeline:
         assert teal("inspect", "e.json").out == result.out
         assert json.loads(teal(*arguments, "--json", "-").out)["format"] == "teal.evaluation"
 
+    def test_evaluate_by_position(self, teal: Callable[..., Outcome]) -> None:
+        arguments = ["evaluate", "model", "--text", "text.txt", "--tokens", "128", "--length", "64", "--levels", "0.5"]
+        lines = teal(*arguments, "--by-position").out.splitlines()
+        assert [line.split()[0] for line in lines[4:7]] == ["positions", "8-15", "16-31"]
+        assert len(teal(*arguments).out.splitlines()) < len(lines)
+
+    def test_evaluate_each_text(self, teal: Callable[..., Outcome]) -> None:
+        Path("code.txt").write_text("x = [y for y in range(3)]\n" * 40)
+        arguments = ["evaluate", "model", "--text", "text.txt", "code.txt", "--tokens", "128", "--levels", "0.5"]
+        result = teal(*arguments, "--each-text", "--simulate-bits", "4", "--json", "e.json")
+        assert result.code == 0, result.err
+        texts = json.loads(Path("e.json").read_text())["texts"]
+        assert {name: text["details"]["text"] for name, text in texts.items()} == {
+            "text": ["text.txt"], "code": ["code.txt"],
+        }  # fmt: skip
+        assert [text["details"]["weights"] for text in texts.values()] == ["int4 (simulated)"] * 2
+        assert teal("inspect", "e.json").out == result.out
+        alone = teal("evaluate", "model", "--text", "code.txt", *arguments[5:], "--simulate-bits", "4", "--json", "-")
+        assert json.loads(alone.out)["measurements"] == texts["code"]["measurements"]
+
     def test_evaluate_several_plans_of_one_name(self, teal: Callable[..., Outcome]) -> None:
         shutil.copytree("teal-model", "copy")
         options = ["--text", "text.txt", "--tokens", "64", "--levels", "0.5", "--json", "-"]

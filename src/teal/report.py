@@ -1,6 +1,6 @@
 """report: what a run of the pipeline found, as one Markdown page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from teal.benchmark import Benchmark
@@ -41,6 +41,28 @@ def evaluation_table(result: Evaluation) -> Table:
     ]
     columns = ["plan", "nominal", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %"]
     return columns, [["dense", "0", "0", dense, "", "", ""], *rows]
+
+
+def position_table(result: Evaluation) -> Table:
+    """The loss by position: dense in nats, then the increase of the perplexity in per cent for each plan and level."""
+    several = result.rule["sequences"] > 1
+    columns = ["positions", "dense (nats)", *(f"{m.plan} {m.level:g}, increase %" for m in result.measurements)]
+    rows = []
+    for same in zip(*(m.positions for m in result.measurements), strict=True):
+        errors = (f" ± {found.increase_error:.2f}" if several else "" for found in same)
+        cells = [f"{found.increase:+.2f}{error}" for found, error in zip(same, errors, strict=True)]
+        rows.append([f"{same[0].first}-{same[0].last}", f"{same[0].dense:.3f}", *cells])
+    return columns, rows
+
+
+def texts_table(results: Mapping[str, Evaluation]) -> Table:
+    """`evaluation_table` of every text, one below the other."""
+    columns: list[str] = []
+    rows: list[list[str]] = []
+    for text, result in results.items():
+        columns, found = evaluation_table(result)
+        rows += [[text if index == 0 else "", *row] for index, row in enumerate(found)]
+    return ["text", *columns], rows
 
 
 def evaluation_rule(result: Evaluation) -> str:

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -87,6 +87,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="FILE", help="sparsity plan (default: teal-MODEL/plan.json)")
+    parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
+
+
+def add_plans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan", type=Path, nargs="+", metavar="FILE", help="one or more plans (default: teal-MODEL/plan.json)"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
 
 
@@ -232,6 +239,22 @@ def load_plan(arguments: argparse.Namespace) -> "SparsityPlan":
         calibrate, allocate = (command_for(verb, arguments.model) for verb in ("calibrate", "allocate"))
         raise TealError(f"no plan at {path}; run {calibrate} and {allocate} first, or name one with --plan")
     return SparsityPlan.load(path)
+
+
+def load_plans(arguments: argparse.Namespace) -> "dict[str, SparsityPlan]":
+    """The plans that were named, by the names of their files, or the model's own by its method."""
+    from teal.plan import SparsityPlan
+
+    if not arguments.plan:
+        plan = load_plan(arguments)
+        return {plan.method: plan}
+    return {name: SparsityPlan.load(path) for name, path in zip(distinct(arguments.plan), arguments.plan, strict=True)}
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """What to call the files in a table: by their stems if these differ, else by their paths."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 
 def read_blocks(

@@ -60,6 +60,9 @@ def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     if payload.get("format") == evaluation.FORMAT:
         evaluate.show(arguments, evaluation.Evaluation.from_json(payload, path))
         return payload
+    if payload.get("format") == evaluation.TEXTS_FORMAT:
+        evaluate.show_texts(arguments, evaluation.texts_from_json(payload, path))
+        return payload
     if payload.get("format") == benchmark.FORMAT:
         bench.show(arguments, benchmark.Benchmark.from_json(payload, path))
         return payload
