@@ -28,6 +28,7 @@ from teal.statistics import ActivationStatistics
 
 LEVELS = (0.0, 0.25, 0.5, 0.75)
 STATISTICS, PLAN = Path("teal-model/statistics.safetensors"), Path("teal-model/plan.json")
+ITEMS = "".join(json.dumps({"query": "The", "choices": ["fox", "dog"], "gold": n % 2}) + "\n" for n in range(6))
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20  # 900 tokens
 
 
@@ -96,6 +97,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(place / "other", seed=1)  # other weights
     save_tiny(place / "wider", intermediate_size=64)  # other shapes
     (place / "text.txt").write_text(TEXT)
+    (place / "items.jsonl").write_text(ITEMS)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRANSFORMERS_VERBOSITY", "error")
         patched.chdir(place)
@@ -258,6 +260,24 @@ class TestPipeline:
         assert payload["rule"]["sequences"] == 2
         assert teal("inspect", "e.json").out == result.out
         assert json.loads(teal(*arguments, "--json", "-").out)["format"] == "teal.evaluation"
+
+    def test_tasks_and_inspect_their_result(self, teal: Callable[..., Outcome]) -> None:
+        Path("sums.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n' * 3)
+        arguments = ["tasks", "model", "--task", "items.jsonl", "sums.jsonl", "--limit", "2", "--shots", "1"]
+        result = teal(*arguments, "--max-new-tokens", "4", "--levels", "0.5", "0.25", "--json", "t.json")
+        assert result.code == 0, result.err
+        payload = json.loads(Path("t.json").read_text())
+        assert [(task["name"], task["items"], task["shots"]) for task in payload["tasks"]] == [
+            ("items", 2, 1), ("sums", 2, 1),
+        ]  # fmt: skip
+        assert [run["level"] for run in payload["tasks"][0]["runs"]] == [0.5, 0.25]
+        assert teal("inspect", "t.json").out == result.out
+        assert "guessing gives 50.0 %; after 1 example" in result.out
+
+    def test_tasks_of_one_name(self, teal: Callable[..., Outcome]) -> None:
+        shutil.copy("items.jsonl", "other/items.jsonl")
+        result = teal("tasks", "model", "--task", "items.jsonl", "other/items.jsonl", "--json", "-")
+        assert [task["name"] for task in json.loads(result.out)["tasks"]] == ["items.jsonl", "other/items.jsonl"]
 
     def test_evaluate_by_position(self, teal: Callable[..., Outcome]) -> None:
         arguments = ["evaluate", "model", "--text", "text.txt", "--tokens", "128", "--length", "64", "--levels", "0.5"]
@@ -456,11 +476,12 @@ READS_MODEL = {
     "calibrate": ["calibrate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new"],
     "allocate": ["allocate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new", "--step", "0.1"],
     "evaluate": ["evaluate", "model", "--text", "text.txt", "--tokens", "64"],
+    "tasks": ["tasks", "model", "--task", "items.jsonl"],
     "generate": ["generate", "model", "--prompt", "The"],
     "bench": ["bench", "model", "--context", "4", "--tokens", "2", "--repeats", "1"],
     "inspect": ["inspect", "model"],
 }
-READS_PLAN = ("evaluate", "generate", "bench")
+READS_PLAN = ("evaluate", "tasks", "generate", "bench")
 every_reader = pytest.mark.parametrize("arguments", READS_MODEL.values(), ids=READS_MODEL)
 every_plan_reader = pytest.mark.parametrize("arguments", [READS_MODEL[verb] for verb in READS_PLAN], ids=READS_PLAN)
 
@@ -495,6 +516,12 @@ class TestBadText:
             Path(source).write_bytes(content)
         arguments = [source if argument == "text.txt" else argument for argument in READS_MODEL[verb]]
         refuses(*arguments, "--length", 64, says=says, code=code)
+
+    def test_tasks(self, refuses: Callable[..., Outcome]) -> None:
+        refuses("tasks", "model", says="the following arguments are required: --task", code=2)
+        refuses("tasks", "model", "--task", "nowhere.jsonl", says="nowhere.jsonl does not exist", code=2)
+        refuses("tasks", "model", "--task", "text.txt", says="text.txt, line 1 is not JSON")
+        refuses("tasks", "model", "--task", "items.jsonl", "--shots", 6, says="leaves none to ask", code=2)
 
     def test_fewer_tokens_than_asked(self, refuses: Callable[..., Outcome]) -> None:
         says = "the text gives 900 tokens, 1008 are needed (16 x 64); give more text"
@@ -798,6 +825,7 @@ class TestBadOutput:
             (["allocate", "model", "--statistics", "teal-wider/statistics.safetensors"], "link"),
             (["allocate", "model"], "model/config.json"),
             (["evaluate", "model"], PLAN),
+            (["tasks", "model", "--task", "items.jsonl"], "items.jsonl"),
             (["evaluate", "model", "--plan", "teal-wider/plan.json", "teal-model/plan.json"], PLAN),
             (["evaluate", "model"], "model/model.safetensors"),
             (["generate", "model", "--prompt", "x"], PLAN),

@@ -19,6 +19,7 @@ VERBS = {
     "allocate": "decide how sparse each projection is at each level",
     "import-published": "make a plan of the TEAL repository's published artifacts",
     "evaluate": "measure what sparsity costs in quality",
+    "tasks": "measure what sparsity costs in tasks",
     "generate": "generate text",
     "chat": "talk to a model",
     "bench": "measure decode speed, dense and sparse",

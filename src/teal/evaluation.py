@@ -177,7 +177,7 @@ def evaluate(
         for level in dict.fromkeys(levels)
     ]
     dense = _Scores(ranges)
-    with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model):
+    with torch.no_grad(), sparse_from(model, dense_tokens), restoring(model):
         batches = ids.split(batch)
         for rows in track(batches, "evaluating sequences", len(batches), show_progress):
             _score(model, rows.to(next(model.parameters()).device), dense_tokens, dense, runs)
@@ -196,11 +196,16 @@ def _check_request(ids: Tensor, plans: Mapping[str, SparsityPlan], levels: Seque
         raise UsageError(
             f"dense_tokens must be between 0 and {ids.shape[1] - 2} for sequences of {ids.shape[1]} tokens"
         )
+    check_levels(plans, levels)
+
+
+def check_levels(plans: Mapping[str, SparsityPlan], levels: Sequence[float]) -> None:
+    """Raise UsageError if there is no plan, TealError for a level outside of one: now, not in the middle."""
     if not plans:
         raise UsageError("there is no plan to evaluate")
     for plan in plans.values():
         for level in levels:
-            plan.settings(level)  # a level outside the plan fails now, not in the middle
+            plan.settings(level)
 
 
 def simulate_rounding(model: nn.Module, bits: int) -> None:
@@ -335,7 +340,7 @@ def _exp(value: float) -> float:
 def _measure(run: _Run, dense: _Scores) -> Measurement:
     scores = run.scores
     perplexity, perplexity_error = scores.perplexity()
-    increase, increase_error = _increase(scores.nll, dense.nll)
+    change, change_error = increase(scores.nll, dense.nll)
     kl, kl_error = mean_and_error(scores.kl)
     top1, top1_error = mean_and_error(scores.top1)
     return Measurement(
@@ -345,8 +350,8 @@ def _measure(run: _Run, dense: _Scores) -> Measurement:
         sparsity=run.meter.sparsity(),
         perplexity=perplexity,
         perplexity_error=perplexity_error,
-        increase=increase,
-        increase_error=increase_error,
+        increase=change,
+        increase_error=change_error,
         kl=kl,
         kl_error=kl_error,
         top1_agreement=top1,
@@ -357,7 +362,7 @@ def _measure(run: _Run, dense: _Scores) -> Measurement:
     )
 
 
-def _increase(sparse: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
+def increase(sparse: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
     """Of the perplexity, in per cent, by losses per sequence, with the standard error of the paired difference."""
     difference, error = mean_and_error([a - b for a, b in zip(sparse, dense, strict=True)])
     return 100 * math.expm1(min(difference, 600.0)), 100 * _exp(difference) * error
@@ -366,13 +371,13 @@ def _increase(sparse: Sequence[float], dense: Sequence[float]) -> tuple[float, f
 def _by_position(scores: _Scores, dense: _Scores) -> list[PositionLoss]:
     columns = (zip(*losses.nll_by_range, strict=True) for losses in (dense, scores))
     return [
-        PositionLoss(r[0], r[-1], mean_and_error(base)[0], mean_and_error(sparse)[0], *_increase(sparse, base))
+        PositionLoss(r[0], r[-1], mean_and_error(base)[0], mean_and_error(sparse)[0], *increase(sparse, base))
         for r, base, sparse in zip(scores.ranges, *columns, strict=True)
     ]
 
 
 @contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
+def restoring(model: nn.Module) -> Iterator[None]:
     """Bring the model's own plan and level back at the end."""
     try:
         yield

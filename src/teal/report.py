@@ -6,6 +6,8 @@ from typing import Any
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
+from teal.task_evaluation import Figure, TaskEvaluation
+from teal.tasks import ANSWER
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows
 
@@ -63,6 +65,60 @@ def texts_table(results: Mapping[str, Evaluation]) -> Table:
         columns, found = evaluation_table(result)
         rows += [[text if index == 0 else "", *row] for index, row in enumerate(found)]
     return ["text", *columns], rows
+
+
+def tasks_table(result: TaskEvaluation) -> Table:
+    """Tasks dense and sparse, the mean over several tasks last; columns that no task fills are left out."""
+    columns = [
+        "task", "plan", "nominal", "realised", "accuracy %", "to dense", "per character %", "to dense ", "perplexity",
+        "increase %",
+    ]  # fmt: skip
+    rows = [
+        [
+            task.name if run is task.dense else "", run.plan, f"{run.level:g}", f"{run.sparsity:.4f}",
+            *_figure_cells(task.accuracy(run), 100, run is task.dense),
+            *_figure_cells(task.normalized_accuracy(run), 100, run is task.dense),
+            *_figure_cells(task.perplexity(run), 1, run is task.dense),
+        ]
+        for task in result.tasks
+        for run in (task.dense, *task.runs)
+    ]  # fmt: skip
+    if len(result.tasks) > 1:
+        for index, run in ((None, result.tasks[0].dense), *enumerate(result.tasks[0].runs)):
+            name = f"mean of {len(result.tasks)}" if index is None else ""
+            cells = _figure_cells(result.mean_accuracy(index), 100, index is None)
+            rows.append([name, run.plan, f"{run.level:g}", "", *cells, "", "", "", ""])
+    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    return [columns[index] for index in filled], [[row[index] for index in filled] for row in rows]
+
+
+def _figure_cells(figure: Figure | None, scale: float, is_dense: bool) -> tuple[str, str]:
+    """A figure, and its difference to dense."""
+    if figure is None:
+        return "", ""
+    difference = f"{scale * figure.difference:+.2f} ± {scale * figure.difference_error:.2f}"
+    return f"{scale * figure.value:.2f} ± {scale * figure.error:.2f}", "" if is_dense else difference
+
+
+def tasks_rule(result: TaskEvaluation) -> list[str]:
+    """What the figures of tasks mean."""
+    rule, lines = result.rule, []
+    for task in result.tasks:
+        extras = [
+            f"guessing gives {100 * task.chance:.1f} %" if task.chance else "",
+            f"after {count(task.shots, 'example')}" if task.shots else "",
+            f"{count(task.shortened, 'context')} shortened to fit the model" if task.shortened else "",
+        ]
+        lines.append("; ".join([f"{task.name}: {count(task.items, 'item')}, {task.kind}", *filter(None, extras)]))
+    kinds = {task.kind for task in result.tasks}
+    if kinds != {ANSWER}:
+        lines.append(f"scored: {rule['scored']}")
+    if ANSWER in kinds:
+        lines.append(f"written: {rule['written']}")
+    lines.append(
+        f"{rule['dtype']}, weights {rule['weights']}; ± is one standard error over items, paired for differences"
+    )
+    return lines
 
 
 def evaluation_rule(result: Evaluation) -> str:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 STATISTICS, PLAN = "statistics.safetensors", "plan.json"  # in a model's work directory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_LEVELS = (0.25, 0.4, 0.5, 0.65)
-INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text")  # arguments that name what is read
+# Arguments that name what is read.
+INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text", "task")
 READ_BESIDE_WEIGHTS = ("*config.json", "*.index.json", "tok*.json", "vocab.json", "plan.json", "teal.json")
 
 

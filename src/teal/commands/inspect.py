@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal.commands import bench, common, evaluate
+from teal.commands import bench, common, evaluate, tasks
 
 if TYPE_CHECKING:
     from teal.plan import Setting
@@ -53,7 +53,7 @@ def _identity(arguments: argparse.Namespace, identity: "ModelIdentity") -> None:
 
 
 def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    from teal import benchmark, evaluation
+    from teal import benchmark, evaluation, task_evaluation
     from teal.artifacts import read_json
 
     payload = read_json(path)
@@ -62,6 +62,9 @@ def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         return payload
     if payload.get("format") == evaluation.TEXTS_FORMAT:
         evaluate.show_texts(arguments, evaluation.texts_from_json(payload, path))
+        return payload
+    if payload.get("format") == task_evaluation.FORMAT:
+        tasks.show(arguments, task_evaluation.TaskEvaluation.from_json(payload, path))
         return payload
     if payload.get("format") == benchmark.FORMAT:
         bench.show(arguments, benchmark.Benchmark.from_json(payload, path))
