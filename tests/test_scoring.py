@@ -113,11 +113,12 @@ class TestRequests:
 
     def test_shortened_from_the_left(self) -> None:
         request = TokenRequest((0, 1, 2, 3, 4, 5, 6), 2)
-        assert shorten(request, 6, [0]) == request
-        assert shorten(request, 4, [0]) == TokenRequest((0, 3, 4, 5, 6), 2)
-        assert shorten(request, 4, []) == TokenRequest((2, 3, 4, 5, 6), 2)
-        with pytest.raises(TealError, match="2 tokens to score do not fit into the model's context of 1"):
-            shorten(request, 1, [0])
+        assert shorten(request, 7, [0]) == request
+        assert shorten(request, 5, [0]) == TokenRequest((0, 3, 4, 5, 6), 2)
+        assert shorten(request, 5, []) == TokenRequest((2, 3, 4, 5, 6), 2)
+        assert shorten(request, 4, [0]) == TokenRequest((0, 4, 5, 6), 2)
+        with pytest.raises(TealError, match="room for 3 tokens of a text, too little for 2 to score and one before"):
+            shorten(request, 3, [0])
 
 
 PROMPTS = [[BEGIN, 70, 80, 90], [BEGIN, 75, 85, 95, 105, 66, 77]]

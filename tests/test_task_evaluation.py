@@ -185,7 +185,9 @@ class TestRefused:
 
     def test_what_no_context_holds(self) -> None:
         self.refuses(
-            "65 tokens to score do not fit", Task("x", WORD, (Item((("a", " " + "b" * 64),)),)), kind=TealError
+            "room for 65 tokens of a text, too little for 65",
+            Task("x", WORD, (Item((("a", " " + "b" * 64),)),)),
+            kind=TealError,
         )
 
 

@@ -16,7 +16,7 @@ Counting = Callable[[Tensor], AbstractContextManager[None]]  # of a mask [B, T]:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """Score the last `scored` of the tokens `ids`, each after all tokens before it."""
+    """Score the last `scored` of the tokens `ids`, each after all tokens before it; 0: `ids` are a prompt."""
 
     ids: tuple[int, ...]
     scored: int
@@ -54,17 +54,19 @@ def encode_request(tokenizer: Any, context: str, continuation: str) -> TokenRequ
     return TokenRequest(tuple(whole), len(whole) - len(before))
 
 
-def shorten(request: TokenRequest, context: int, opening: Sequence[int]) -> TokenRequest:
-    """Cut the oldest tokens, but for the opening ones, so that the model, which reads all but the last token, has room.
+def shorten(request: TokenRequest, room: int, opening: Sequence[int]) -> TokenRequest:
+    """Cut the oldest tokens, but for the opening ones, so that at most `room` are left.
 
-    Raises TealError if the scored tokens alone do not fit.
+    Raises TealError if not even one token before the scored ones is left.
     """
-    most = context + 1
-    if len(request.ids) <= most:
+    if len(request.ids) <= room:
         return request
-    if request.scored + max(1, len(opening)) > most:
-        raise TealError(f"{request.scored} tokens to score do not fit into the model's context of {context}")
-    return TokenRequest((*opening, *request.ids[len(request.ids) - most + len(opening) :]), request.scored)
+    if room < request.scored + len(opening) + 1:
+        raise TealError(
+            f"the model's context has room for {room} tokens of a text, too little for {request.scored} to score and "
+            "one before them"
+        )
+    return TokenRequest((*opening, *request.ids[len(request.ids) - room + len(opening) :]), request.scored)
 
 
 def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -236,13 +236,10 @@ def _prepare(model: Any, tokenizer: Any, task: Task, max_new_tokens: int) -> _Pr
     requests, shortened = [], 0
     for item in task.items:
         if task.kind == ANSWER:
-            prompt = encode(tokenizer, item.pairs[0][0])
-            # as a request whose scored tokens are those to be written
-            wanted = [TokenRequest((*prompt, *[0] * max_new_tokens), max_new_tokens)]
-            fitting = [shorten(request, context - 1, opening) for request in wanted]
-        else:
-            wanted = [encode_request(tokenizer, *pair) for pair in item.pairs]
-            fitting = [shorten(request, context, opening) for request in wanted]
+            wanted, room = [TokenRequest(tuple(encode(tokenizer, item.pairs[0][0])), 0)], context - max_new_tokens
+        else:  # the last token is scored but not read
+            wanted, room = [encode_request(tokenizer, *pair) for pair in item.pairs], context + 1
+        fitting = [shorten(request, room, opening) for request in wanted]
         requests.append(fitting)
         shortened += fitting != wanted
     return _Prepared(task, requests, shortened)
@@ -274,7 +271,7 @@ def _batches(ask: _Asking, prepared: _Prepared) -> Iterator[tuple[list[int], lis
 
 def _ask(ask: _Asking, kind: str, requests: Sequence[TokenRequest], meter: SparsityMeter) -> Sequence[Any]:
     if kind == ANSWER:
-        prompts = [request.ids[: -request.scored] for request in requests]
+        prompts = [request.ids for request in requests]
         return continue_greedily(ask.model, ask.tokenizer, prompts, STOP, ask.max_new_tokens, meter.measuring)
     with sparse_from(ask.model, ask.dense_tokens):
         return score(ask.model, requests, ask.dense_tokens, meter.measuring)
