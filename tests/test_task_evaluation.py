@@ -72,6 +72,11 @@ class TestFigures:
         assert normalized is not None
         assert normalized.value == sum(result.runs[0].correct_normalized) / 6
         assert result.perplexity(result.runs[0]) is None
+        loss = result.mean_loss(result.runs[0])
+        assert loss is not None
+        assert loss.value == pytest.approx(sum(result.runs[0].loss) / 6)
+        changes = [a - b for a, b in zip(result.runs[0].loss, result.dense.loss, strict=True)]
+        assert (loss.difference, loss.difference_error) == mean_and_error(changes)
         assert result.chance == pytest.approx(1 / 3)
 
     def test_choices_of_contexts_are_not_normalized(self) -> None:
@@ -102,7 +107,7 @@ class TestFigures:
                 text = byte_tokenizer().decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
                 right.append(int(is_right(text.partition(STOP[0])[0], item.pairs[0][1])))
             assert found.correct == right
-        assert (result.dense.sparsity, result.runs[0].loss) == (0, [])
+        assert (result.dense.sparsity, result.mean_loss(result.runs[0])) == (0, None)
         assert 0.3 < result.runs[0].sparsity < 0.7
 
     def test_an_answer_is_right_by_its_last_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +225,19 @@ class TestResult:
     def test_table(self, result: TaskEvaluation) -> None:
         columns, rows = tasks_table(result)
         assert columns[:4] == ["task", "plan", "nominal", "realised"]
-        assert columns[4:] == ["accuracy %", "to dense", "per character %", "to dense ", "perplexity", "increase %"]
+        assert columns[4:] == [
+            "accuracy %",
+            "to dense",
+            "per character %",
+            "to dense",
+            "perplexity",
+            "loss to dense (nats)",
+        ]
         assert [row[0] for row in rows] == ["choices", "", "words", "", "sums", "", "mean of 3", ""]
         assert [bool(cell) for cell in rows[0]] == [True] * 5 + [False, True, False, False, False]
-        assert all(rows[1][1:8])
-        assert not any(rows[1][8:])
+        assert [bool(cell) for cell in rows[1]] == [False] + [True] * 7 + [False, True]
+        assert [bool(cell) for cell in rows[3]] == [False] + [True] * 5 + [False, False, True, True]
+        assert not any(rows[5][6:])
         found = result.tasks[0].accuracy(result.tasks[0].runs[0])
         assert rows[1][4:6] == [
             f"{100 * found.value:.2f} ± {100 * found.error:.2f}",

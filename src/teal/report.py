@@ -70,15 +70,16 @@ def texts_table(results: Mapping[str, Evaluation]) -> Table:
 def tasks_table(result: TaskEvaluation) -> Table:
     """Tasks dense and sparse, the mean over several tasks last; columns that no task fills are left out."""
     columns = [
-        "task", "plan", "nominal", "realised", "accuracy %", "to dense", "per character %", "to dense ", "perplexity",
-        "increase %",
+        "task", "plan", "nominal", "realised", "accuracy %", "to dense", "per character %", "to dense", "perplexity",
+        "loss to dense (nats)",
     ]  # fmt: skip
     rows = [
         [
             task.name if run is task.dense else "", run.plan, f"{run.level:g}", f"{run.sparsity:.4f}",
             *_figure_cells(task.accuracy(run), 100, run is task.dense),
             *_figure_cells(task.normalized_accuracy(run), 100, run is task.dense),
-            *_figure_cells(task.perplexity(run), 1, run is task.dense),
+            _figure_cells(task.perplexity(run), 1, run is task.dense)[0],
+            _figure_cells(task.mean_loss(run), 1, run is task.dense)[1],
         ]
         for task in result.tasks
         for run in (task.dense, *task.runs)

@@ -83,6 +83,13 @@ class TaskResult:
         """By log-likelihood per character of the choice, as `acc_norm` of lm-evaluation-harness."""
         return _share(run.correct_normalized, self.dense.correct_normalized) if run.correct_normalized else None
 
+    def mean_loss(self, run: TaskRun) -> Figure | None:
+        """Nats of the right continuation, which tell what sparsity costs long before choices change."""
+        if not run.loss:
+            return None
+        differences = [sparse - dense for sparse, dense in zip(run.loss, self.dense.loss, strict=True)]
+        return Figure(*mean_and_error(run.loss), *mean_and_error(differences))
+
     def perplexity(self, run: TaskRun) -> Figure | None:
         """Of the last words; its difference to dense is an increase in per cent."""
         if self.kind != WORD:
@@ -141,7 +148,7 @@ class TaskEvaluation:
             raise TealError(f"{where} is damaged ({error}); evaluate again") from error
 
 
-FIGURES = ("accuracy", "normalized_accuracy", "perplexity")
+FIGURES = ("accuracy", "normalized_accuracy", "mean_loss", "perplexity")
 
 
 def _run(payload: dict[str, Any]) -> TaskRun:
