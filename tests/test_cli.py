@@ -30,6 +30,7 @@ from teal.statistics import ActivationStatistics
 
 LEVELS = (0.0, 0.25, 0.5, 0.75)
 STATISTICS, PLAN = Path("teal-model/statistics.safetensors"), Path("teal-model/plan.json")
+ITEMS = "".join(json.dumps({"query": "The", "choices": ["fox", "dog"], "gold": n % 2}) + "\n" for n in range(6))
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20  # 900 tokens
 
 
@@ -99,6 +100,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(place / "wider", intermediate_size=64)  # other shapes
     (place / "text.txt").write_text(TEXT)
     (place / "held.txt").write_text(TEXT[:800].upper())
+    (place / "items.jsonl").write_text(ITEMS)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRANSFORMERS_VERBOSITY", "error")
         patched.chdir(place)
@@ -261,6 +263,44 @@ class TestPipeline:
         assert payload["rule"]["sequences"] == 2
         assert teal("inspect", "e.json").out == result.out
         assert json.loads(teal(*arguments, "--json", "-").out)["format"] == "teal.evaluation"
+
+    def test_tasks_and_inspect_their_result(self, teal: Callable[..., Outcome]) -> None:
+        Path("sums.jsonl").write_text('{"question": "2 + 2?", "answer": "4"}\n' * 3)
+        arguments = ["tasks", "model", "--task", "items.jsonl", "sums.jsonl", "--limit", "2", "--shots", "1"]
+        result = teal(*arguments, "--max-new-tokens", "4", "--levels", "0.5", "0.25", "--json", "t.json")
+        assert result.code == 0, result.err
+        payload = json.loads(Path("t.json").read_text())
+        assert [(task["name"], task["items"], task["shots"]) for task in payload["tasks"]] == [
+            ("items", 2, 1), ("sums", 2, 1),
+        ]  # fmt: skip
+        assert [run["level"] for run in payload["tasks"][0]["runs"]] == [0.5, 0.25]
+        assert teal("inspect", "t.json").out == result.out
+        assert "guessing gives 50.0 %; after 1 example" in result.out
+
+    def test_tasks_of_one_name(self, teal: Callable[..., Outcome]) -> None:
+        shutil.copy("items.jsonl", "other/items.jsonl")
+        result = teal("tasks", "model", "--task", "items.jsonl", "other/items.jsonl", "--json", "-")
+        assert [task["name"] for task in json.loads(result.out)["tasks"]] == ["items.jsonl", "other/items.jsonl"]
+
+    def test_evaluate_by_position(self, teal: Callable[..., Outcome]) -> None:
+        arguments = ["evaluate", "model", "--text", "text.txt", "--tokens", "128", "--length", "64", "--levels", "0.5"]
+        lines = teal(*arguments, "--by-position").out.splitlines()
+        assert [line.split()[0] for line in lines[4:7]] == ["positions", "8-15", "16-31"]
+        assert len(teal(*arguments).out.splitlines()) < len(lines)
+
+    def test_evaluate_each_text(self, teal: Callable[..., Outcome]) -> None:
+        Path("code.txt").write_text("x = [y for y in range(3)]\n" * 40)
+        arguments = ["evaluate", "model", "--text", "text.txt", "code.txt", "--tokens", "128", "--levels", "0.5"]
+        result = teal(*arguments, "--each-text", "--simulate-bits", "4", "--json", "e.json")
+        assert result.code == 0, result.err
+        texts = json.loads(Path("e.json").read_text())["texts"]
+        assert {name: text["details"]["text"] for name, text in texts.items()} == {
+            "text": ["text.txt"], "code": ["code.txt"],
+        }  # fmt: skip
+        assert [text["details"]["weights"] for text in texts.values()] == ["int4 (simulated)"] * 2
+        assert teal("inspect", "e.json").out == result.out
+        alone = teal("evaluate", "model", "--text", "code.txt", *arguments[5:], "--simulate-bits", "4", "--json", "-")
+        assert json.loads(alone.out)["measurements"] == texts["code"]["measurements"]
 
     def test_evaluate_several_plans_of_one_name(self, teal: Callable[..., Outcome]) -> None:
         shutil.copytree("teal-model", "copy")
@@ -498,16 +538,21 @@ class TestReport:
         assert found["shown"]["statistics"] == ["statistics.safetensors"]
         assert found["shown"]["plans"] == ["plan.json"]
         page = Path("teal-model/report.html").read_text(encoding="utf-8")
-        assert "Not here: no evaluations (`teal evaluate --json FILE`), no tunings (`teal tune`), no benchmarks" in page
+        assert (
+            "Not here: no evaluations (`teal evaluate --json FILE`), no tasks (`teal tasks --json FILE`), no tunings"
+            in page
+        )
 
     def test_of_all_verbs(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
-        for verb, output in (("evaluate", "e.json"), ("bench", "b.json")):
+        for verb, output in (("evaluate", "e.json"), ("bench", "b.json"), ("tasks", "t.json")):
             assert teal(*READS_MODEL[verb], "--levels", "0.25", "0.5", "--json", f"teal-model/{output}").code == 0
         assert teal(*READS_MODEL["tune"], "--output", "teal-model/tuned").code == 0
         outcome = teal("report", "teal-model", "--json", "-")
         shown = json.loads(outcome.out)["shown"]
-        assert [len(names) for names in shown.values()] == [1, 1, 1, 1, 1, 0], shown
+        assert {kind: len(names) for kind, names in shown.items()} == {
+            **dict.fromkeys(shown, 1), "texts": 0, "samples": 0,
+        }  # fmt: skip
         page = Path("teal-model/report.html").read_text(encoding="utf-8")
         assert "Not here" not in page
         assert "What the loss buys" in page
@@ -601,12 +646,13 @@ READS_MODEL = {
         *("tune", "model", "--text", "held.txt", "--tokens", "512", "--length", "32", "--output", "new"),
         *("--max-loss", "0.05nats", "--metric", "kl"),
     ],
+    "tasks": ["tasks", "model", "--task", "items.jsonl"],
     "generate": ["generate", "model", "--prompt", "The"],
     "bench": ["bench", "model", "--context", "4", "--tokens", "2", "--repeats", "1"],
     "inspect": ["inspect", "model"],
 }
-READS_PLAN = ("evaluate", "tune", "generate", "bench")
-TAKES_LEVELS = ("evaluate", "bench")
+READS_PLAN = ("evaluate", "tune", "tasks", "generate", "bench")
+TAKES_LEVELS = ("evaluate", "tasks", "bench")
 every_reader = pytest.mark.parametrize("arguments", READS_MODEL.values(), ids=READS_MODEL)
 every_plan_reader = pytest.mark.parametrize("arguments", [READS_MODEL[verb] for verb in READS_PLAN], ids=READS_PLAN)
 
@@ -641,6 +687,12 @@ class TestBadText:
             Path(source).write_bytes(content)
         arguments = [source if argument == "text.txt" else argument for argument in READS_MODEL[verb]]
         refuses(*arguments, "--length", 64, says=says, code=code)
+
+    def test_tasks(self, refuses: Callable[..., Outcome]) -> None:
+        refuses("tasks", "model", says="the following arguments are required: --task", code=2)
+        refuses("tasks", "model", "--task", "nowhere.jsonl", says="nowhere.jsonl does not exist", code=2)
+        refuses("tasks", "model", "--task", "text.txt", says="text.txt, line 1 is not JSON")
+        refuses("tasks", "model", "--task", "items.jsonl", "--shots", 6, says="leaves none to ask", code=2)
 
     def test_fewer_tokens_than_asked(self, refuses: Callable[..., Outcome]) -> None:
         says = "the text gives 900 tokens, 1008 are needed (16 x 64); give more text"
@@ -946,6 +998,7 @@ class TestBadOutput:
             (["allocate", "model", "--statistics", "teal-wider/statistics.safetensors"], "link"),
             (["allocate", "model"], "model/config.json"),
             (["evaluate", "model"], PLAN),
+            (["tasks", "model", "--task", "items.jsonl"], "items.jsonl"),
             (["evaluate", "model", "--plan", "teal-wider/plan.json", "teal-model/plan.json"], PLAN),
             (["evaluate", "model"], "model/model.safetensors"),
             (["generate", "model", "--prompt", "x"], PLAN),

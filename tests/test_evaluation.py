@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from teal.data import TokenBlocks
 from teal.errors import TealError, UsageError
-from teal.evaluation import Evaluation, evaluate, mean_and_error
+from teal.evaluation import (
+    Evaluation,
+    evaluate,
+    mean_and_error,
+    position_ranges,
+    texts_from_json,
+    texts_to_json,
+)
 from teal.linear import sparse_layers
 from teal.ops.reference import drop_small, keep_mask
 from teal.plan import SparsityPlan
@@ -129,6 +136,65 @@ class TestAgainstPlainCode:
             assert one.kl == pytest.approx(other.kl, abs=1e-6)
             assert one.projections == other.projections
         assert together.rule == alone.rule
+
+
+class TestByPosition:
+    def test_ranges_end_before_powers_of_two(self) -> None:
+        assert position_ranges(8, 510) == [range(8, 16), range(16, 32), range(32, 64), range(64, 128), range(128, 256),
+                                           range(256, 511)]  # fmt: skip
+        assert position_ranges(0, 2) == [range(0, 1), range(1, 2), range(2, 3)]
+        assert position_ranges(5, 5) == [range(5, 6)]
+
+    def test_against_the_losses_of_single_positions(self) -> None:
+        model = tiny_model()
+        plan = tiny_plan(model)
+        (measured,) = run(tiny_model(), plan).measurements
+        assert [(found.first, found.last) for found in measured.positions] == [(4, 7), (8, 15), (16, 18)]
+        for found in measured.positions:
+            differences = []
+            for row in TOKENS:
+                dense = model(input_ids=row[None, :-1], use_cache=False).logits[0].detach().double()
+                sparse = masked_logits(model, plan, 0.5, row, {})
+                at = torch.arange(found.first, found.last + 1)
+                losses = [nn.functional.cross_entropy(x[at], row[at + 1]).item() for x in (dense, sparse)]
+                differences.append(losses[1] - losses[0])
+            mean, error = mean_and_error(differences)
+            assert found.sparse - found.dense == pytest.approx(mean, rel=1e-3)
+            assert found.increase == pytest.approx(100 * math.expm1(mean), rel=1e-2)
+            assert found.increase_error == pytest.approx(100 * math.exp(mean) * error, rel=1e-2)
+
+    def test_the_ranges_make_up_the_whole(self) -> None:
+        model = tiny_model()
+        (measured,) = run(model, tiny_plan(model)).measurements
+        total = sum((found.last - found.first + 1) * found.sparse for found in measured.positions)
+        assert total / 15 == pytest.approx(sum(measured.nll) / 3)
+
+
+class TestSimulatedRounding:
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_it_measures_what_the_real_format_computes(self, bits: int) -> None:
+        """In float32, where a product with the rounded weight and the format's own differ by rounding only."""
+        model = tiny_model()
+        plan = tiny_plan(model)
+        real = run(tiny_model(), plan, quantization=f"int{bits}")
+        simulated = run(tiny_model(), plan, simulate_bits=bits)
+        assert simulated.dense_nll == pytest.approx(real.dense_nll, rel=1e-4)
+        assert simulated.measurements[0].nll == pytest.approx(real.measurements[0].nll, rel=1e-3)
+        assert simulated.details["weights"] == f"int{bits} (simulated)"
+        assert simulated.identity == real.identity == identify(tiny_model())
+
+    def test_again_on_the_same_model(self) -> None:
+        model = tiny_model()
+        plan = tiny_plan(model)
+        first = run(model, plan, simulate_bits=3)
+        assert run(model, plan, simulate_bits=3).measurements == first.measurements
+        with pytest.raises(UsageError, match="the model is sparse already; round its weights before"):
+            run(model, plan, simulate_bits=2)
+
+    def test_once_is_enough(self) -> None:
+        model = tiny_model()
+        with pytest.raises(UsageError, match="give quantization or simulate_bits, not both"):
+            run(model, tiny_plan(model), simulate_bits=8, quantization="int8")
 
 
 class TestDense:
@@ -283,6 +349,15 @@ class TestResult:
         model = tiny_model()
         result = run(model, tiny_plan(model), (0.25, 0.5))
         assert Evaluation.from_json(json.loads(json.dumps(result.to_json())), "here") == result
+        several = {"one": result, "other": run(model, tiny_plan(model), (0.5,))}
+        assert texts_from_json(json.loads(json.dumps(texts_to_json(several))), "here") == several
+
+    def test_results_without_positions_are_read(self) -> None:
+        """As they were written before."""
+        model = tiny_model()
+        payload = json.loads(json.dumps(run(model, tiny_plan(model)).to_json()))
+        del payload["measurements"][0]["positions"]
+        assert Evaluation.from_json(payload, "here").measurements[0].positions == []
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -50,6 +50,25 @@ def test_quality_of_a_single_sequence() -> None:
     assert "±" not in text
 
 
+def test_loss_by_position() -> None:
+    model = tiny_model()
+    result = evaluate(model, random_tokens(2, 40), tiny_plan(model), (0.25, 0.5))
+    columns, cells = report.position_table(result)
+    assert columns == ["positions", "dense (nats)", "uniform 0.25, increase %", "uniform 0.5, increase %"]
+    assert [row[0] for row in cells] == ["8-15", "16-31", "32-38"]
+    found = result.measurements[1].positions[2]
+    assert cells[2][1] == f"{found.dense:.3f}"
+    assert cells[2][3] == f"{found.increase:+.2f} ± {found.increase_error:.2f}"
+    alone = replace(result, rule={**result.rule, "sequences": 1})
+    assert "±" not in str(report.position_table(alone))
+
+
+def test_texts() -> None:
+    columns, cells = report.texts_table({"wiki": evaluation(), "code": evaluation()})
+    assert columns[:3] == ["text", "plan", "nominal"]
+    assert [row[:2] for row in cells] == [["wiki", "dense"], ["", "greedy"], ["code", "dense"], ["", "greedy"]]
+
+
 def test_quality_of_a_real_run() -> None:
     model = tiny_model()
     result = evaluate(model, random_tokens(2, 16), tiny_plan(model), (0.25, 0.5))

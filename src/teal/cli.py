@@ -20,6 +20,7 @@ VERBS = {
     "import-published": "make a plan of the TEAL repository's published artifacts",
     "evaluate": "measure what sparsity costs in quality",
     "tune": "find the level that reads the fewest bytes within a loss that you set",
+    "tasks": "measure what sparsity costs in tasks",
     "generate": "generate text",
     "chat": "talk to a model",
     "bench": "measure decode speed, dense and sparse",

@@ -147,27 +147,33 @@ def _read(source: str, field: str) -> Iterator[str]:
 
 
 def _read_file(path: Path, field: str) -> Iterator[str]:
+    if path.suffix != ".jsonl":
+        yield _read_whole(path)
+        return
+    for where, value in read_json_lines(path):
+        if not isinstance(value, dict) or field not in value:
+            raise TealError(f"{where} has no field {field!r}; name the field that holds the text")
+        yield text_of(value[field], f"{where}: field {field!r}")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a .jsonl file with where each stands. Raises TealError for what is not JSON or cannot be read."""
+    for number, line in enumerate(_read_whole(path).split("\n"), start=1):  # splitlines() also splits JSON strings
+        where = f"{path}, line {number}"
+        if line.strip():
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TealError(f"{where} is not JSON ({error})") from None
+
+
+def _read_whole(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise TealError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise TealError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also splits inside JSON strings
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)[field]
-        except json.JSONDecodeError as error:
-            raise TealError(f"{path}, line {number} is not JSON ({error})") from None
-        except (KeyError, TypeError):
-            raise TealError(
-                f"{path}, line {number} has no field {field!r}; name the field that holds the text"
-            ) from None
-        yield _text(value, f"{path}, line {number}: field {field!r}")
 
 
 def _read_dataset(name: str, field: str) -> Iterator[str]:
@@ -182,7 +188,7 @@ def _read_dataset(name: str, field: str) -> Iterator[str]:
         for row in rows:
             if field not in row:
                 raise TealError(f"dataset {name} has no field {field!r}; it has {', '.join(row)}")
-            yield _text(row[field], f"dataset {name}: field {field!r}")
+            yield text_of(row[field], f"dataset {name}: field {field!r}")
     except TealError:
         raise
     except Exception as error:  # the hub raises many kinds; the user needs the one line
@@ -190,8 +196,8 @@ def _read_dataset(name: str, field: str) -> Iterator[str]:
         raise TealError(f"dataset {name} could not be read: {reason}") from error
 
 
-def _text(value: Any, where: str) -> str:
-    """`value` if it is text that tokenizers take."""
+def text_of(value: Any, where: str) -> str:
+    """`value` if it is text that tokenizers take. Raises TealError naming `where` otherwise."""
     if not isinstance(value, str):
         raise TealError(f"{where} is {type(value).__name__}, expected text")
     try:

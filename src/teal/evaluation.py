@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +16,33 @@ from teal.calibration import DENSE_TOKENS
 from teal.data import TokenBlocks, check_tokens
 from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear, sparse_from
+from teal.ops.quantize import round_to_nearest
 from teal.plan import SparsityPlan
 from teal.progress import track
 from teal.sparse_model import apply_plan, check_plan, plan_of, set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
-from teal.structure import ModelIdentity
+from teal.structure import ModelIdentity, ModelStructure, identify
 
 FORMAT = "teal.evaluation"
+TEXTS_FORMAT = "teal.evaluations"  # of several texts, one evaluation each
 VERSION = 1
 RULE = ("dense_tokens", "sparse", "counted", "sequences", "sequence_length", "tokens_counted", "dtype")
 LOGIT_ROWS = 256  # positions whose log-probabilities are held at once
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean losses (nats) of the predictions made at positions `first` to `last` of the sequences, both included.
+
+    `increase` is that of the perplexity over dense in per cent, with the standard error of the paired difference.
+    """
+
+    first: int
+    last: int
+    dense: float
+    sparse: float
+    increase: float
+    increase_error: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,8 @@ class Measurement:
     `perplexity` with its standard error over sequences; `increase` over dense in per cent, with the standard
     error of the paired difference; `kl` (nats) of the sparse from the dense distribution and
     `top1_agreement` with standard errors; `sparsity` realised: share of block-weight bytes not read on the
-    sparse tokens, `projections` the same by "block.projection"; `nll` per sequence, for paired comparisons.
+    sparse tokens, `projections` the same by "block.projection"; `nll` per sequence, for paired comparisons;
+    `positions`: the loss by position, in ranges that end before powers of two.
     """
 
     plan: str
@@ -52,6 +70,7 @@ class Measurement:
     top1_error: float
     projections: dict[str, float]
     nll: list[float]
+    positions: list[PositionLoss] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class Evaluation:
                 "perplexity": self.dense_perplexity, "perplexity_error": self.dense_perplexity_error,
                 "nll": self.dense_nll,
             },
-            "measurements": [vars(measurement) for measurement in self.measurements],
+            "measurements": [asdict(measurement) for measurement in self.measurements],
         }  # fmt: skip
 
     @classmethod
@@ -90,13 +109,31 @@ class Evaluation:
                 dense["perplexity"],
                 dense["perplexity_error"],
                 dense["nll"],
-                [Measurement(**measurement) for measurement in payload["measurements"]],
+                [_read_measurement(**measurement) for measurement in payload["measurements"]],
                 payload["rule"],
                 ModelIdentity.from_json(payload["model"], where),
                 payload["details"],
             )
         except (KeyError, TypeError) as error:
             raise TealError(f"{where} is damaged ({error}); evaluate again") from error
+
+
+def texts_to_json(results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The evaluations of several texts, by their names."""
+    texts = {text: result.to_json() for text, result in results.items()}
+    return {"format": TEXTS_FORMAT, "version": VERSION, "texts": texts}
+
+
+def texts_from_json(payload: dict[str, Any], where: object) -> dict[str, Evaluation]:
+    """Read what `texts_to_json` gave. Raises TealError naming `where` for anything that does not belong."""
+    check_header(payload, TEXTS_FORMAT, VERSION, where)
+    keys = ("format", "version", "texts")
+    check_keys(payload, keys, where, keys)
+    return {text: Evaluation.from_json(result, f"{where}, {text}") for text, result in payload["texts"].items()}
+
+
+def _read_measurement(positions: Sequence[Mapping[str, Any]] = (), **others: Any) -> Measurement:
+    return Measurement(**others, positions=[PositionLoss(**position) for position in positions])
 
 
 def evaluate(
@@ -108,6 +145,7 @@ def evaluate(
     dense_tokens: int = DENSE_TOKENS,
     batch: int = 1,
     quantization: str | None = None,
+    simulate_bits: int | None = None,
     strict: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
@@ -116,7 +154,8 @@ def evaluate(
     The rule: in each sequence the first `dense_tokens` positions are dense, all others are computed as if
     decoded, with thresholds applied; the predictions made at those sparse positions count, and only those.
     `model` is a transformers model; it is made sparse in place and left at its former level, or dense.
-    `quantization` "int8" or "int4" rounds its projections first, so that dense, too, means rounded.
+    `quantization` "int8" or "int4" rounds its projections first, so that dense, too, means rounded;
+    `simulate_bits` 8, 4, 3 or 2 does so in the model's dtype and on any device, to measure what rounding costs.
     Raises TealError for plans that do not fit, UsageError for a token rule that leaves nothing to count.
     """
     check_evaluation_mode(model)
@@ -126,14 +165,19 @@ def evaluate(
     if batch < 1:
         raise UsageError(f"at least 1 sequence must be evaluated at a time, got {batch}")
     _check_request(ids, plans, levels, dense_tokens)
-    identity = _make_sparse(model, list(plans.values()), quantization, strict)
+    if simulate_bits is not None:
+        if quantization is not None:
+            raise UsageError("the weights are rounded once: give quantization or simulate_bits, not both")
+        simulate_rounding(model, simulate_bits)
+    identity = make_sparse(model, list(plans.values()), quantization, strict)
+    ranges = position_ranges(dense_tokens, ids.shape[1] - 2)
     runs = [
-        _Run(name, plan, level, _Scores(), SparsityMeter(model))
+        _Run(name, plan, level, _Scores(ranges), SparsityMeter(model))
         for name, plan in plans.items()
         for level in dict.fromkeys(levels)
     ]
-    dense = _Scores()
-    with torch.no_grad(), sparse_from(model, dense_tokens), _restoring(model):
+    dense = _Scores(ranges)
+    with torch.no_grad(), sparse_from(model, dense_tokens), restoring(model):
         batches = ids.split(batch)
         for rows in track(batches, "evaluating sequences", len(batches), show_progress):
             _score(model, rows.to(next(model.parameters()).device), dense_tokens, dense, runs)
@@ -142,6 +186,8 @@ def evaluate(
     details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
     if quantization is not None:
         details["weights"] = quantization
+    if simulate_bits is not None:
+        details["weights"] = f"int{simulate_bits} (simulated)"
     return Evaluation(perplexity, error, dense.nll, measurements, _rule(model, ids, dense_tokens), identity, details)
 
 
@@ -150,14 +196,37 @@ def _check_request(ids: Tensor, plans: Mapping[str, SparsityPlan], levels: Seque
         raise UsageError(
             f"dense_tokens must be between 0 and {ids.shape[1] - 2} for sequences of {ids.shape[1]} tokens"
         )
+    check_levels(plans, levels)
+
+
+def check_levels(plans: Mapping[str, SparsityPlan], levels: Sequence[float]) -> None:
+    """Raise UsageError if there is no plan, TealError for a level outside of one: now, not in the middle."""
     if not plans:
         raise UsageError("there is no plan to evaluate")
     for plan in plans.values():
         for level in levels:
-            plan.settings(level)  # a level outside the plan fails now, not in the middle
+            plan.settings(level)
 
 
-def _make_sparse(
+def simulate_rounding(model: nn.Module, bits: int) -> None:
+    """Round the projections of a dense `model` to `bits` (see `ops.quantize`), in place, once, kept in their dtype.
+
+    Raises UsageError for a model that is sparse already, and for other widths than 8, 4, 3 and 2.
+    """
+    if getattr(model, "simulated_bits", None) == bits:
+        return
+    structure = ModelStructure.of(model)
+    projections = [model.get_submodule(structure.module_name(*place)) for place in structure.projections()]
+    if any(isinstance(projection, SparseLinear) for projection in projections):
+        raise UsageError("the model is sparse already; round its weights before, or load it anew")
+    object.__setattr__(model, "stored_fingerprint", identify(model, structure).weights)  # before they are rounded
+    for projection in projections:
+        weight: Any = projection.weight
+        weight.data = round_to_nearest(weight.data, bits)
+    object.__setattr__(model, "simulated_bits", bits)
+
+
+def make_sparse(
     model: nn.Module, plans: Sequence[SparsityPlan], quantization: str | None, strict: bool
 ) -> ModelIdentity:
     """Make a dense model sparse and check every plan against it; returns the model's identity."""
@@ -191,10 +260,22 @@ def _logits(model: nn.Module, rows: Tensor, dense_tokens: int) -> Tensor:
     return logits
 
 
-class _Scores:
-    """Per-sequence means of the loss, the KL divergence from dense and the agreement of the top token."""
+def position_ranges(first: int, last: int) -> list[range]:
+    """Positions `first` to `last`, both included, cut at the powers of two."""
+    ranges = []
+    while first <= last:
+        end = min(last + 1, 1 << first.bit_length())
+        ranges.append(range(first, end))
+        first = end
+    return ranges
 
-    def __init__(self) -> None:
+
+class _Scores:
+    """Per-sequence means of the loss, also by ranges of positions, of the KL divergence and of top-1 agreement."""
+
+    def __init__(self, ranges: Sequence[range]) -> None:
+        self.ranges = ranges
+        self.nll_by_range: list[list[float]] = []  # of each sequence
         self.nll: list[float] = []
         self.kl: list[float] = []
         self.top1: list[float] = []
@@ -208,9 +289,11 @@ class _Scores:
             nll = F.nll_loss(log_p, target_rows, reduction="none")
             kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
             found.append(torch.stack([nll, kl, (log_p.argmax(-1) == log_q.argmax(-1)).float()]))
-        means = torch.cat(found, dim=1).view(3, *targets.shape).double().mean(-1).tolist()
-        for scores, values in zip((self.nll, self.kl, self.top1), means, strict=True):
-            scores.extend(values)
+        values = torch.cat(found, dim=1).view(3, *targets.shape).double()
+        for scores, means in zip((self.nll, self.kl, self.top1), values.mean(-1).tolist(), strict=True):
+            scores.extend(means)
+        by_range = [part.mean(-1) for part in values[0].split([len(positions) for positions in self.ranges], dim=-1)]
+        self.nll_by_range.extend(torch.stack(by_range, dim=-1).tolist())
 
     def perplexity(self) -> tuple[float, float]:
         mean, error = mean_and_error(self.nll)
@@ -257,7 +340,7 @@ def _exp(value: float) -> float:
 def _measure(run: _Run, dense: _Scores) -> Measurement:
     scores = run.scores
     perplexity, perplexity_error = scores.perplexity()
-    difference, difference_error = mean_and_error([a - b for a, b in zip(scores.nll, dense.nll, strict=True)])
+    change, change_error = increase(scores.nll, dense.nll)
     kl, kl_error = mean_and_error(scores.kl)
     top1, top1_error = mean_and_error(scores.top1)
     return Measurement(
@@ -267,19 +350,34 @@ def _measure(run: _Run, dense: _Scores) -> Measurement:
         sparsity=run.meter.sparsity(),
         perplexity=perplexity,
         perplexity_error=perplexity_error,
-        increase=100 * math.expm1(min(difference, 600.0)),
-        increase_error=100 * _exp(difference) * difference_error,
+        increase=change,
+        increase_error=change_error,
         kl=kl,
         kl_error=kl_error,
         top1_agreement=top1,
         top1_error=top1_error,
         projections=run.meter.projections(),
         nll=scores.nll,
+        positions=_by_position(scores, dense),
     )
 
 
+def increase(sparse: Sequence[float], dense: Sequence[float]) -> tuple[float, float]:
+    """Of the perplexity, in per cent, by losses per sequence, with the standard error of the paired difference."""
+    difference, error = mean_and_error([a - b for a, b in zip(sparse, dense, strict=True)])
+    return 100 * math.expm1(min(difference, 600.0)), 100 * _exp(difference) * error
+
+
+def _by_position(scores: _Scores, dense: _Scores) -> list[PositionLoss]:
+    columns = (zip(*losses.nll_by_range, strict=True) for losses in (dense, scores))
+    return [
+        PositionLoss(r[0], r[-1], mean_and_error(base)[0], mean_and_error(sparse)[0], *increase(sparse, base))
+        for r, base, sparse in zip(scores.ranges, *columns, strict=True)
+    ]
+
+
 @contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
+def restoring(model: nn.Module) -> Iterator[None]:
     """Bring the model's own plan and level back at the end."""
     try:
         yield

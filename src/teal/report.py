@@ -1,11 +1,13 @@
 """report: what was found, as tables and sentences that the terminal and the page share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
 from teal.statistics import ActivationStatistics
+from teal.task_evaluation import Figure, TaskEvaluation
+from teal.tasks import ANSWER
 from teal.tuning import PairedLoss, Tuning
 
 Table = tuple[list[str], list[list[str]]]  # columns and rows
@@ -42,6 +44,83 @@ def evaluation_table(result: Evaluation) -> Table:
     ]
     columns = ["plan", "nominal", "realised", "perplexity", "increase %", "KL (nats)", "top-1 %"]
     return columns, [["dense", "0", "0", dense, "", "", ""], *rows]
+
+
+def position_table(result: Evaluation) -> Table:
+    """The loss by position: dense in nats, then the increase of the perplexity in per cent for each plan and level."""
+    several = result.rule["sequences"] > 1
+    columns = ["positions", "dense (nats)", *(f"{m.plan} {m.level:g}, increase %" for m in result.measurements)]
+    rows = []
+    for same in zip(*(m.positions for m in result.measurements), strict=True):
+        errors = (f" ± {found.increase_error:.2f}" if several else "" for found in same)
+        cells = [f"{found.increase:+.2f}{error}" for found, error in zip(same, errors, strict=True)]
+        rows.append([f"{same[0].first}-{same[0].last}", f"{same[0].dense:.3f}", *cells])
+    return columns, rows
+
+
+def texts_table(results: Mapping[str, Evaluation]) -> Table:
+    """`evaluation_table` of every text, one below the other."""
+    columns: list[str] = []
+    rows: list[list[str]] = []
+    for text, result in results.items():
+        columns, found = evaluation_table(result)
+        rows += [[text if index == 0 else "", *row] for index, row in enumerate(found)]
+    return ["text", *columns], rows
+
+
+def tasks_table(result: TaskEvaluation) -> Table:
+    """Tasks dense and sparse, the mean over several tasks last; columns that no task fills are left out."""
+    columns = [
+        "task", "plan", "nominal", "realised", "accuracy %", "to dense", "per character %", "to dense", "perplexity",
+        "loss to dense (nats)",
+    ]  # fmt: skip
+    rows = [
+        [
+            task.name if run is task.dense else "", run.plan, f"{run.level:g}", f"{run.sparsity:.4f}",
+            *_figure_cells(task.accuracy(run), 100, run is task.dense),
+            *_figure_cells(task.normalized_accuracy(run), 100, run is task.dense),
+            _figure_cells(task.perplexity(run), 1, run is task.dense)[0],
+            _figure_cells(task.mean_loss(run), 1, run is task.dense)[1],
+        ]
+        for task in result.tasks
+        for run in (task.dense, *task.runs)
+    ]  # fmt: skip
+    if len(result.tasks) > 1:
+        for index, run in ((None, result.tasks[0].dense), *enumerate(result.tasks[0].runs)):
+            name = f"mean of {len(result.tasks)}" if index is None else ""
+            cells = _figure_cells(result.mean_accuracy(index), 100, index is None)
+            rows.append([name, run.plan, f"{run.level:g}", "", *cells, "", "", "", ""])
+    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    return [columns[index] for index in filled], [[row[index] for index in filled] for row in rows]
+
+
+def _figure_cells(figure: Figure | None, scale: float, is_dense: bool) -> tuple[str, str]:
+    """A figure, and its difference to dense."""
+    if figure is None:
+        return "", ""
+    difference = f"{scale * figure.difference:+.2f} ± {scale * figure.difference_error:.2f}"
+    return f"{scale * figure.value:.2f} ± {scale * figure.error:.2f}", "" if is_dense else difference
+
+
+def tasks_rule(result: TaskEvaluation) -> list[str]:
+    """What the figures of tasks mean."""
+    rule, lines = result.rule, []
+    for task in result.tasks:
+        extras = [
+            f"guessing gives {100 * task.chance:.1f} %" if task.chance else "",
+            f"after {count(task.shots, 'example')}" if task.shots else "",
+            f"{count(task.shortened, 'context')} shortened to fit the model" if task.shortened else "",
+        ]
+        lines.append("; ".join([f"{task.name}: {count(task.items, 'item')}, {task.kind}", *filter(None, extras)]))
+    kinds = {task.kind for task in result.tasks}
+    if kinds != {ANSWER}:
+        lines.append(f"scored: {rule['scored']}")
+    if ANSWER in kinds:
+        lines.append(f"written: {rule['written']}")
+    lines.append(
+        f"{rule['dtype']}, weights {rule['weights']}; ± is one standard error over items, paired for differences"
+    )
+    return lines
 
 
 def evaluation_rule(result: Evaluation) -> str:

@@ -26,11 +26,14 @@ class SparsityMeter:
         self._total = dict.fromkeys(self._labels, 0)
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Count what the model computes within the context."""
+    def measuring(self, counted: Tensor | None = None) -> Iterator[None]:
+        """Count what the model computes within the context.
+
+        Of the tokens [B, T] of a call only those that are True in `counted` count; None counts all.
+        """
         try:
             for name in self._labels:
-                self._layers[name].observer = self._counter(name)
+                self._layers[name].observer = self._counter(name, counted)
             yield
         finally:
             for name in self._labels:
@@ -48,10 +51,12 @@ class SparsityMeter:
     def _share(self, name: str) -> float:
         return int(self._dropped[name]) / max(1, self._total[name])
 
-    def _counter(self, name: str) -> Callable[[Tensor], None]:
+    def _counter(self, name: str, counted: Tensor | None) -> Callable[[Tensor], None]:
         layer = self._layers[name]
 
         def count(x: Tensor) -> None:
+            if counted is not None:
+                x = x[counted[:, counted.shape[1] - x.shape[-2] :]]
             self._dropped[name] = self._dropped[name].to(x.device) + (~keep_mask(x, layer.threshold)).sum()
             self._total[name] += x.numel()
 

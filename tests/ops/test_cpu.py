@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from fuzz_cpu import fuzz
 from torch import Tensor
 
-from teal.errors import TealError
+from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear
 from teal.ops import native, reference
 from teal.ops.cpu import tile_outputs
 from teal.ops.layouts import LAYOUTS
-from teal.ops.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from teal.ops.quantize import dequantize_groups, dequantize_int8, quantize_groups, quantize_int8, round_to_nearest
 from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
@@ -227,7 +228,7 @@ class TestStorage:
     def test_quantized_storage_gives_back_what_was_rounded(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         weight = normal(*shape, dtype=dtype)
         assert torch.equal(pack(weight, "int8").unpack(), dequantize_int8(*quantize_int8(weight), dtype))
-        assert torch.equal(pack(weight, "int4").unpack(), dequantize_int4(*quantize_int4(weight), dtype))
+        assert torch.equal(pack(weight, "int4").unpack(), dequantize_groups(*quantize_groups(weight, 4), dtype))
 
     def test_channel_bytes(self) -> None:
         assert pack(normal(4096, 1024, dtype=torch.bfloat16)).channel_bytes in (8192, 4096 * 2)
@@ -246,14 +247,33 @@ class TestRounding:
         assert (integers.abs().amax(dim=1) == 127).all()
         assert ((integers.float() * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
 
-    def test_int4_is_within_half_a_step_and_what_its_scale_was_rounded_by(self) -> None:
+    @pytest.mark.parametrize("bits", [4, 3, 2])
+    def test_groups_are_within_half_a_step_and_what_their_scale_was_rounded_by(self, bits: int) -> None:
         weight = normal(50, 300)
-        integers, scales = quantize_int4(weight)
+        integers, scales = quantize_groups(weight, bits)
         wide = scales.float().repeat_interleave(128, dim=1)[:, :300]
-        assert integers.abs().max() == 7
+        assert integers.unique().tolist() == list(range(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1)))
         assert ((integers.float() * wide - weight).abs() <= 0.53 * wide).all()
 
-    @pytest.mark.parametrize("quantize", [quantize_int8, quantize_int4])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_simulated_weights_are_those_that_a_packed_one_reads_back(self, dtype: torch.dtype) -> None:
+        weight = normal(50, 300, dtype=dtype)
+        for bits in (8, 4):
+            assert torch.equal(round_to_nearest(weight, bits), pack(weight, f"int{bits}").unpack())
+
+    def test_fewer_bits_are_further_away(self) -> None:
+        weight = normal(50, 300)
+        distances = [float((round_to_nearest(weight, bits) - weight).norm()) for bits in (8, 4, 3, 2)]
+        assert 0 < distances[0] < distances[1] / 10
+        assert distances[1] < distances[2] / 2 < distances[3] / 4
+
+    def test_unknown_width(self) -> None:
+        with pytest.raises(UsageError, match="weights can be rounded to 8, 4, 3, 2 bits, got 5"):
+            round_to_nearest(normal(4, 4), 5)
+
+    @pytest.mark.parametrize(
+        "quantize", [quantize_int8, partial(quantize_groups, bits=4), partial(quantize_groups, bits=2)]
+    )
     def test_zeros_stay_zeros(self, quantize: Any) -> None:
         integers, scales = quantize(torch.zeros(3, 130))
         assert not integers.any()

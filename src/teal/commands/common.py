@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 STATISTICS, PLAN, TUNED = "statistics.safetensors", "plan.json", "tuned"  # in a model's work directory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_LEVELS = (0.25, 0.4, 0.5, 0.65)
-INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text")  # arguments that name what is read
+# Arguments that name what is read.
+INPUTS = ("model", "path", "directory", "plan", "statistics", "merge", "text", "task")
 READ_BESIDE_WEIGHTS = ("*config.json", "*.index.json", "tok*.json", "vocab.json", "plan.json", "teal.json")
 
 
@@ -96,6 +97,13 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def add_strict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse a plan made for other weights")
+
+
+def add_plans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan", type=Path, nargs="+", metavar="FILE", help="one or more plans (default: teal-MODEL/plan.json)"
+    )
+    add_strict(parser)
 
 
 def add_levels(parser: argparse.ArgumentParser, default: tuple[float, ...], tuned: bool = False) -> None:

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teal.commands import bench, common, evaluate, tune
+from teal.commands import bench, common, evaluate, tasks, tune
 
 if TYPE_CHECKING:
     from teal.plan import Setting
@@ -53,12 +53,18 @@ def _identity(arguments: argparse.Namespace, identity: "ModelIdentity") -> None:
 
 
 def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    from teal import benchmark, evaluation, tuning
+    from teal import benchmark, evaluation, task_evaluation, tuning
     from teal.artifacts import read_json
 
     payload = read_json(path)
     if payload.get("format") == evaluation.FORMAT:
         evaluate.show(arguments, evaluation.Evaluation.from_json(payload, path))
+        return payload
+    if payload.get("format") == evaluation.TEXTS_FORMAT:
+        evaluate.show_texts(arguments, evaluation.texts_from_json(payload, path))
+        return payload
+    if payload.get("format") == task_evaluation.FORMAT:
+        tasks.show(arguments, task_evaluation.TaskEvaluation.from_json(payload, path))
         return payload
     if payload.get("format") == benchmark.FORMAT:
         bench.show(arguments, benchmark.Benchmark.from_json(payload, path))

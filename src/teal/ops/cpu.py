@@ -16,9 +16,9 @@ from teal.ops import native
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.quantize import (
     GROUP,
-    dequantize_int4,
+    dequantize_groups,
     dequantize_int8,
-    quantize_int4,
+    quantize_groups,
     quantize_int8,
 )
 from teal.ops.reference import drop_small
@@ -210,7 +210,7 @@ class CpuInt4Weight(TiledWeight):
         tiles = native.new_tensor((count, k, size // 2), torch.uint8)
         scales = torch.zeros(count, -(-k // GROUP), size, dtype=torch.bfloat16)
         for index, rows in enumerate(weight.split(size)):
-            integers, part = quantize_int4(rows)
+            integers, part = quantize_groups(rows, 4)
             scales[index, :, : len(rows)] = part.t()
             padded = torch.zeros(k, size, dtype=torch.int8)
             padded[:, : len(rows)] = integers.t()
@@ -220,7 +220,7 @@ class CpuInt4Weight(TiledWeight):
     def _tile(self, index: int) -> Tensor:
         outputs = min(self.tile_outputs, self.out_features - index * self.tile_outputs)
         integers = _unpack_nibbles(self.storage[0][index])[:, :outputs]
-        return dequantize_int4(integers.t(), self.storage[1][index, :, :outputs].t(), self.dtype)
+        return dequantize_groups(integers.t(), self.storage[1][index, :, :outputs].t(), self.dtype)
 
     def native_weight(self) -> native.Weight:
         return self._struct(native.INT4, self.storage[1])
