@@ -299,6 +299,8 @@ class TestPipeline:
         }  # fmt: skip
         assert [text["details"]["weights"] for text in texts.values()] == ["int4 (simulated)"] * 2
         assert teal("inspect", "e.json").out == result.out
+        lines = teal(*arguments, "--each-text", "--by-position").out.splitlines()
+        assert [lines[at + 1].split()[0] for at, line in enumerate(lines) if line in texts] == ["positions"] * 2
         alone = teal("evaluate", "model", "--text", "code.txt", *arguments[5:], "--simulate-bits", "4", "--json", "-")
         assert json.loads(alone.out)["measurements"] == texts["code"]["measurements"]
 

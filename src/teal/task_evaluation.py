@@ -120,14 +120,11 @@ class TaskEvaluation:
 
     def to_json(self) -> dict[str, Any]:
         """With the figures beside the items they are computed from."""
-        tasks = []
-        for task in self.tasks:
-            dense, *runs = [
-                vars(run) | {name: None if figure is None else vars(figure) for name, figure in figures.items()}
-                for run in (task.dense, *task.runs)
-                for figures in [{name: getattr(task, name)(run) for name in FIGURES}]
-            ]
-            tasks.append(vars(task) | {"dense": dense, "runs": runs})
+        tasks = [
+            vars(task)
+            | {"dense": _run_to_json(task, task.dense), "runs": [_run_to_json(task, run) for run in task.runs]}
+            for task in self.tasks
+        ]
         return {
             "format": FORMAT, "version": VERSION, "model": self.identity.to_json(), "rule": self.rule, "tasks": tasks
         }  # fmt: skip
@@ -148,7 +145,12 @@ class TaskEvaluation:
             raise TealError(f"{where} is damaged ({error}); evaluate again") from error
 
 
-FIGURES = ("accuracy", "normalized_accuracy", "mean_loss", "perplexity")
+FIGURES = ("accuracy", "normalized_accuracy", "mean_loss", "perplexity")  # methods of TaskResult
+
+
+def _run_to_json(task: TaskResult, run: TaskRun) -> dict[str, Any]:
+    figures = {name: getattr(task, name)(run) for name in FIGURES}
+    return vars(run) | {name: None if figure is None else vars(figure) for name, figure in figures.items()}
 
 
 def _run(payload: dict[str, Any]) -> TaskRun:

@@ -1,6 +1,7 @@
 """CudaDecodeStep, with both kernels, against the reference step on tiny models of every family."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -154,3 +155,19 @@ def test_several_sequences_take_the_reference_step(monkeypatch: pytest.MonkeyPat
     where = TokenPosition(at, engine.cos[at], engine.sin[at])
     got = step(engine.blocks, hidden, caches[0], where)
     assert torch.equal(got, reference_decode_step(engine.blocks, hidden, caches[1], where))
+
+
+def test_each_projection_fetches_what_the_next_one_reads_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("llama-biases", HALF, monkeypatch)
+    both = Both(engine)
+    both.step.refresh(engine.blocks, both.view)
+    launches: list[Any] = [launch for index, launch in enumerate(both.step._launches) if index % 5 != 1]  # no attention
+    for launch, following in pairwise(launches):
+        arguments, wanted = launch.arguments, following.arguments
+        fetched = {
+            address: size for address, size in zip(arguments.next, arguments.next_bytes, strict=True) if size > 0
+        }
+        thresholds = {wanted.projections[index].threshold: 4 for index in range(wanted.count)}
+        norm = {} if wanted.norm is None else {wanted.norm: 2 * engine.config.hidden_size}
+        assert fetched == thresholds | norm
+    assert not any(launches[-1].arguments.next_bytes)

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.each_text:
         named = dict(zip(common.distinct([Path(str(source)) for source in sources]), results, strict=True))
         common.write_result(arguments, texts_to_json(named))
-        show_texts(arguments, named)
+        show_texts(arguments, named, arguments.by_position)
     else:
         common.write_result(arguments, results[0].to_json())
         show(arguments, results[0], arguments.by_position)
@@ -107,9 +107,13 @@ def show(arguments: argparse.Namespace, result: "Evaluation", by_position: bool 
     common.say(arguments, evaluation_rule(result))
 
 
-def show_texts(arguments: argparse.Namespace, results: "Mapping[str, Evaluation]") -> None:
+def show_texts(arguments: argparse.Namespace, results: "Mapping[str, Evaluation]", by_position: bool = False) -> None:
     """Print the evaluations of several texts as one table, with what each measured below it."""
-    from teal.report import evaluation_rule, texts_table
+    from teal.report import evaluation_rule, position_table, texts_table
 
     common.print_table(arguments, *texts_table(results))
+    if by_position:
+        for text, result in results.items():
+            common.say(arguments, "", text)
+            common.print_table(arguments, *position_table(result))
     common.say(arguments, *(f"{text}: {evaluation_rule(result)}" for text, result in results.items()))
