@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import random_plan, random_tokens, tiny_model, tiny_plan
+from helpers import byte_tokenizer, random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
 from teal.artifacts import write_json
 from teal.benchmark import Benchmark, LevelSpeed
 from teal.calibration import calibrate
 from teal.errors import TealError
-from teal.evaluation import evaluate
+from teal.evaluation import evaluate, texts_to_json
 from teal.report_page import Artifacts, write_report, write_samples
 from teal.structure import identify
+from teal.task_evaluation import evaluate_tasks
+from teal.tasks import CHOICE, Item, Task
 from teal.tuning import tune
 
 VOID = {"meta", "br", "img", "link", "hr"}
@@ -79,6 +81,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan.save(out / "uniform.json")
     result = evaluate(tiny_model(), random_tokens(3, 20), {"uniform": plan, EVIL: plan}, (0.25, 0.5, 0.7))
     write_json(out / "evaluation.json", replace(result, details={"text": [EVIL]}).to_json())
+    write_json(out / "texts.json", texts_to_json({"wiki": result, EVIL: result}))
+    items = Task(EVIL, CHOICE, tuple(Item((("The fox", " runs."), ("The fox", " sits."))) for _ in range(4)))
+    asked = evaluate_tasks(tiny_model(), byte_tokenizer(), [items], plan, [0.5])
+    write_json(out / "tasks.json", asked.to_json())
     tuned = tune(tiny_model(), random_tokens(16, 20), plan, "0.02nats", metric="kl")
     write_json(out / "tuning.json", replace(tuned, notes=[EVIL]).to_json())
     speeds = [LevelSpeed(s, s, 100 + s, 90, 110, 1 + s, 1, 2, 17_700_000, 17_700_000, 0.09) for s in (0.0, 0.25, 0.5)]
@@ -130,7 +136,7 @@ def test_ids_are_unique_and_links_lead_to_them(page: Page) -> None:
 def test_it_can_be_read_without_seeing_it(page: Page) -> None:
     assert page.all("html")[0]["lang"] == "en"
     pictures = [index for index, (tag, _) in enumerate(page.elements) if tag == "svg"]
-    assert len(pictures) == 10  # quality 2, tuning, heat map, distributions 4, speed 2
+    assert len(pictures) == 11  # quality 2, texts, tuning, heat map, distributions 4, speed 2
     for index in pictures:
         assert page.elements[index][1]["role"] == "img"
         assert [tag for tag, _ in page.elements[index + 1 : index + 3]] == ["title", "desc"]
@@ -151,6 +157,9 @@ def test_every_number_is_there(directory: Path, page: Page) -> None:
     tables = [table[1:] for table in page.tables]
     for expected in (
         report.evaluation_table(found.evaluations[0].content),
+        report.position_table(found.evaluations[0].content),
+        report.texts_table(found.texts[0].content),
+        report.tasks_table(found.tasks[0].content),
         report.tuning_table(found.tunings[0].content),
         report.plan_table(found.plans[0].content, found.tunings[0].content.level),
         report.threshold_table(found.statistics[0].content, (0.25, 0.5, 0.65)),

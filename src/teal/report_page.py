@@ -11,15 +11,16 @@ from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from teal import benchmark, charts, evaluation, plan, report, statistics, tuning
+from teal import benchmark, charts, evaluation, plan, report, statistics, task_evaluation, tuning
 from teal.artifacts import check_header, check_keys, read_json, write_atomically, write_json
 from teal.benchmark import Benchmark
 from teal.errors import TealError
-from teal.evaluation import Evaluation, Measurement
+from teal.evaluation import Evaluation, Measurement, texts_from_json
 from teal.plan import SparsityPlan
 from teal.sparse_model import SETTINGS_FILE, default_level
 from teal.statistics import ActivationStatistics
 from teal.structure import ModelIdentity
+from teal.task_evaluation import TaskEvaluation
 from teal.tuning import PairedLoss, Tuning
 
 SAMPLES_FORMAT = "teal.samples"
@@ -27,7 +28,7 @@ SAMPLES_VERSION = 1
 STYLE = Path(__file__).with_suffix(".css")
 MISSING = {
     "statistics": "`teal calibrate`", "plans": "`teal allocate`", "evaluations": "`teal evaluate --json FILE`",
-    "tunings": "`teal tune`", "benchmarks": "`teal bench --json FILE`",
+    "tasks": "`teal tasks --json FILE`", "tunings": "`teal tune`", "benchmarks": "`teal bench --json FILE`",
 }  # fmt: skip
 
 Content = TypeVar("Content")
@@ -48,11 +49,15 @@ class Artifact(Generic[Content]):
 
 @dataclass
 class Artifacts:
-    """All that a page can show, by kind, in the order of names. `samples`: pieces of generated text."""
+    """All that a page can show, by kind, in the order of names. `texts`: evaluations of several texts, by their names;
+    `samples`: pieces of generated text.
+    """
 
     statistics: list[Artifact[ActivationStatistics]] = field(default_factory=list)
     plans: list[Artifact[SparsityPlan]] = field(default_factory=list)
     evaluations: list[Artifact[Evaluation]] = field(default_factory=list)
+    texts: list[Artifact[dict[str, Evaluation]]] = field(default_factory=list)
+    tasks: list[Artifact[TaskEvaluation]] = field(default_factory=list)
     tunings: list[Artifact[Tuning]] = field(default_factory=list)
     benchmarks: list[Artifact[Benchmark]] = field(default_factory=list)
     samples: list[Artifact[dict[str, Any]]] = field(default_factory=list)
@@ -85,6 +90,8 @@ class Artifacts:
         payload = read_json(path)
         readers: dict[str, tuple[list[Artifact[Any]], Callable[[], Any]]] = {
             evaluation.FORMAT: (self.evaluations, lambda: Evaluation.from_json(payload, path)),
+            evaluation.TEXTS_FORMAT: (self.texts, lambda: texts_from_json(payload, path)),
+            task_evaluation.FORMAT: (self.tasks, lambda: TaskEvaluation.from_json(payload, path)),
             tuning.FORMAT: (self.tunings, lambda: Tuning.from_json(payload, path)),
             benchmark.FORMAT: (self.benchmarks, lambda: Benchmark.from_json(payload, path)),
             SAMPLES_FORMAT: (self.samples, lambda: _read_samples(payload, path)),
@@ -137,6 +144,7 @@ def page(artifacts: Artifacts, title: str, level: float | None = None) -> str:
     figures = _Figures()
     sections = [
         ("quality", "Quality against sparsity", _quality(artifacts, figures)),
+        ("tasks", "Tasks", _tasks(artifacts)),
         ("tuning", "The level for a loss", _tuning(artifacts, figures)),
         ("sparsity", "Sparsity of each projection", _sparsity(artifacts, figures, level)),
         ("activations", "Activations and thresholds", _activations(artifacts, figures)),
@@ -211,7 +219,9 @@ def _note(text: str) -> str:
 def _identities(artifacts: Artifacts) -> dict[str, ModelIdentity]:
     """The models that the artifacts belong to, by the file that names them first."""
     found: dict[str, ModelIdentity] = {}
-    sized: Sequence[Artifact[Any]] = [*artifacts.statistics, *artifacts.plans, *artifacts.evaluations]
+    sized: Sequence[Artifact[Any]] = [
+        *artifacts.statistics, *artifacts.plans, *artifacts.evaluations, *artifacts.tasks,
+    ]  # fmt: skip
     for artifact in sized:
         if artifact.content.identity not in found.values():
             found[artifact.name] = artifact.content.identity
@@ -273,6 +283,44 @@ def _quality(artifacts: Artifacts, figures: _Figures) -> str:
     for artifact in artifacts.evaluations:
         with _showing(artifact):
             parts.append(_evaluation(artifact, figures))
+    for texts in artifacts.texts:
+        with _showing(texts):
+            parts.append(
+                f"<h3>Text by text <small>({escape(texts.name)})</small></h3>"
+                + _grid([figures(*_texts_chart(texts))])
+                + _table(report.texts_table(texts.content), "Quality of each text")
+                + "".join(_note(f"{text}: {report.evaluation_rule(result)}") for text, result in texts.content.items())
+            )
+    return "".join(parts)
+
+
+def _texts_chart(artifact: Artifact[dict[str, Evaluation]]) -> tuple[str, str]:
+    """What sparsity costs on each text with each plan."""
+    plans = {measured.plan for result in artifact.content.values() for measured in result.measurements}
+    series = []
+    for text, result in artifact.content.items():
+        for name in sorted(plans):
+            points = sorted((m.sparsity, m.increase, m.increase_error) for m in result.measurements if m.plan == name)
+            called = text if len(plans) == 1 else f"{text}, {name}"
+            sparsity, increase, error = ([point[index] for point in points] for index in range(3))
+            series.append(charts.Series(called, [100 * share for share in sparsity], increase, error))
+    svg = charts.lines(
+        series, "realised sparsity (%)", "perplexity over dense (%)",
+        title=f"What sparsity costs on each text, {artifact.name}",
+        description="; ".join(f"{one.name}: {max(one.y, default=0):+.1f} % at most" for one in series),
+    )  # fmt: skip
+    return svg, "Increase of the perplexity over dense on each text. Bars: one standard error of the paired difference."
+
+
+def _tasks(artifacts: Artifacts) -> str:
+    parts = []
+    for artifact in artifacts.tasks:
+        with _showing(artifact):
+            parts.append(
+                f"<h3>{escape(artifact.name)}</h3>"
+                + _table(report.tasks_table(artifact.content), "Accuracy of each task, dense and sparse")
+                + "".join(_note(line) for line in report.tasks_rule(artifact.content))
+            )
     return "".join(parts)
 
 
@@ -283,6 +331,7 @@ def _evaluation(artifact: Artifact[Evaluation], figures: _Figures) -> str:
         + _grid(_quality_charts(artifact, figures))
         + _table(report.evaluation_table(result), "Quality at each level")
         + _note(report.evaluation_rule(result))
+        + _folded("By position in the sequence", _table(report.position_table(result), "Loss by position"))
     )
 
 
@@ -524,6 +573,10 @@ def _sources(artifacts: Artifacts) -> str:
         with _showing(one):
             said = f"{_text_of(one.content.details)}; {report.evaluation_rule(one.content)}"
             rows.append([one.name, "evaluation", one.made, said])
+    rows += [[one.name, "evaluation, text by text", one.made, ", ".join(one.content)] for one in artifacts.texts]
+    rows += [
+        [one.name, "tasks", one.made, ", ".join(task.name for task in one.content.tasks)] for one in artifacts.tasks
+    ]
     for one in artifacts.tunings:
         with _showing(one):
             parts = one.content.details

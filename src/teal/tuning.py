@@ -16,7 +16,7 @@ from teal.benchmark import Benchmark
 from teal.calibration import DENSE_TOKENS
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
-from teal.evaluation import Evaluation, Measurement, evaluate, mean_and_error
+from teal.evaluation import Evaluation, Measurement, evaluate, make_sparse, mean_and_error
 from teal.linear import sparse_layers
 from teal.plan import SparsityPlan
 from teal.progress import track
@@ -249,7 +249,7 @@ def tune(
         check_held_out(plan, ids)
     options = {"dense_tokens": dense_tokens, "batch": batch, "quantization": quantization, "strict": strict}
     half = len(ids) // 2
-    evaluate(model, ids[:1], plans, [], **options)  # checks every plan, and warns of it, once
+    make_sparse(model, list(plans.values()), quantization, strict)  # checks every plan, and warns of it, once
     search = _Search(model, ids[:half], budget, options, show_progress)
     for name, plan in plans.items():
         search.bisect(name, plan)
