@@ -299,7 +299,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(place: Path, verb: str, output: str) -> list[str]:
     options = {
         "calibrate": "--tokens 16384",
-        "allocate": f"--statistics {place}/uninterrupted.safetensors --tokens 1024 --length 64 --step 0.05",
+        "allocate": f"--statistics {place}/uninterrupted.safetensors --method blockwise --tokens 1024 --length 64",
     }
     return f"{verb} {place}/model --text {place}/text.txt --output {place}/{output} {options[verb]}".split()
 
@@ -342,7 +342,8 @@ def test_a_killed_process_continues_and_ends_with_the_same_bytes(verb: str, suff
     code, errors = stopped(arguments, spool, signal.SIGINT)
     assert code == 1
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "teal: interrupted; finished blocks are kept, repeat the command to continue"
+    kept = "blocks" if verb == "calibrate" else "parts"
+    assert errors.splitlines()[-1] == f"teal: interrupted; finished {kept} are kept, repeat the command to continue"
     code, _ = stopped(arguments, spool, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not output.exists()

@@ -217,10 +217,31 @@ class TestPipeline:
 
     def test_allocate_blockwise(self, teal: Callable[..., Outcome]) -> None:
         options = ["--text", "text.txt", "--tokens", "128", "--step", "0.05", "--levels", "0.5", "0", "0.25", "0.5"]
-        assert teal("allocate", "model", *options, "--output", "greedy.json").code == 0
+        assert teal("allocate", "model", "--method", "blockwise", *options, "--output", "greedy.json").code == 0
         plan = SparsityPlan.load("greedy.json")
         assert (plan.method, plan.levels) == ("blockwise", (0.0, 0.25, 0.5))
         assert plan.expected_sparsity(0.5) == pytest.approx(0.5)
+
+    def test_allocate_globally_with_choices(self, teal: Callable[..., Outcome]) -> None:
+        options = [
+            "--text",
+            "text.txt",
+            "--tokens",
+            "128",
+            "--levels",
+            "0.25",
+            "0.5",
+            "--stride",
+            "0.3",
+            "--batch",
+            "2",
+        ]
+        assert teal("allocate", "model", *options, "--score", "l2", "--no-compensate", "--output", "l2.json").code == 0
+        plan = SparsityPlan.load("l2.json")
+        assert (plan.method, plan.details["score"], plan.details["compensated"]) == ("global", "l2", False)
+        assert plan.expected_sparsity(0.5) == pytest.approx(0.5, abs=0.05)
+        evaluate = ["evaluate", "model", "--plan", "l2.json", "--text", "text.txt", "--length", "32"]
+        assert teal(*evaluate, "--levels", "0.5").code == 0
 
     def test_merged_statistics(self, teal: Callable[..., Outcome]) -> None:
         options = ["--text", "text.txt", "--tokens", "128", "--seed", "3", "--output", "both", "--merge", STATISTICS]
@@ -505,7 +526,7 @@ class TestTune:
         shutil.rmtree("teal-model")
         outcome = teal(*READS_MODEL["tune"], "--json", "-")
         assert outcome.code == 0, outcome.err
-        assert json.loads(outcome.out)["plan"] == SparsityPlan.load(PLAN).method == "blockwise"
+        assert json.loads(outcome.out)["plan"] == SparsityPlan.load(PLAN).method == "global"
         assert "tokens counted at 4 inputs" in outcome.err
 
     def test_dense_is_the_answer(self, teal: Callable[..., Outcome]) -> None:
@@ -688,7 +709,10 @@ def test_an_interrupted_demo_continues(teal: Callable[..., Outcome], monkeypatch
 
 READS_MODEL = {
     "calibrate": ["calibrate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new"],
-    "allocate": ["allocate", "model", "--text", "text.txt", "--tokens", "64", "--output", "new", "--step", "0.1"],
+    "allocate": [
+        *("allocate", "model", "--method", "blockwise", "--text", "text.txt", "--tokens", "64"),
+        *("--output", "new", "--step", "0.1"),
+    ],
     "evaluate": ["evaluate", "model", "--text", "text.txt", "--tokens", "64"],
     "tune": [
         *("tune", "model", "--text", "held.txt", "--tokens", "512", "--length", "32", "--output", "new"),
@@ -1116,7 +1140,7 @@ class TestBadOutput:
         ("verb", "says"),
         [
             ("calibrate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
-            ("allocate", "teal: interrupted; finished blocks are kept, repeat the command to continue"),
+            ("allocate", "teal: interrupted; finished parts are kept, repeat the command to continue"),
             ("evaluate", "teal: interrupted"),
             ("tune", "teal: interrupted; statistics and plan are kept, repeat the command to search anew"),
             ("generate", "teal: interrupted"),

@@ -154,7 +154,7 @@ BROKEN = {
     "threshold-text": (lambda p: projection(p)["threshold"].__setitem__(1, "much"), "is damaged"),
     "threshold-short": (lambda p: projection(p)["threshold"].pop(), "needs 4 sparsities and thresholds"),
     "threshold-scalar": (lambda p: projection(p).update(threshold=0.5), "is damaged"),
-    "sparsity-one": (lambda p: projection(p)["sparsity"].__setitem__(1, 1.0), "below 1, got 1.0"),
+    "sparsity-above-one": (lambda p: projection(p)["sparsity"].__setitem__(1, 1.5), "below 1, got 1.5"),
     "sparsity-negative": (lambda p: projection(p)["sparsity"].__setitem__(1, -0.1), "got -0.1"),
     "sparsity-nan": (lambda p: projection(p)["sparsity"].__setitem__(1, float("nan")), "got nan"),
     "levels-fall": (lambda p: p["levels"].reverse(), "levels must rise strictly"),

@@ -148,7 +148,7 @@ class _ChannelOptions:
         bins = self._bins(price)
         return Choice(
             at_bins(self.entry.thresholds(), bins, -1.0),
-            float(at_bins(self.dropped, bins, 0.0).mean()),
+            min(1.0, float(at_bins(self.dropped, bins, 0.0).mean())),
             at_bins(self.entry.shift(), bins, 0.0) if self.compensate else torch.zeros_like(self.entry.scale),
         )
 

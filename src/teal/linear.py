@@ -84,7 +84,9 @@ class SparseLinear(nn.Module):
 
     def _product(self, x: Tensor, dense_tokens: int) -> Tensor:
         if self.observer is not None:
-            self.observer(x[..., first_sparse_token(x.shape[-2], dense_tokens) :, :])
+            sparse = x[..., first_sparse_token(x.shape[-2], dense_tokens) :, :]
+            if sparse.numel():
+                self.observer(sparse)
         return sparse_linear(x, self.packed, self.threshold, self.bias, self.sparse_bias, dense_tokens)
 
     def decode(self, x: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ class SparsityPlan:
         if len(plan.sparsity) != len(self.levels) or len(plan.threshold) != len(self.levels):
             raise TealError(f"{where} needs {len(self.levels)} sparsities and thresholds")
         for sparsity in plan.sparsity:
-            check_level(sparsity)
+            if sparsity != 1:  # of a projection, unlike a level, it may be all
+                check_level(sparsity)
         if not torch.as_tensor(plan.threshold).isfinite().all():
             raise TealError(f"{where} has a threshold that is NaN or infinite")
         n, k = shape

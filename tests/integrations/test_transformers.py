@@ -63,8 +63,8 @@ assert not [finder for finder in sys.meta_path if type(finder).__module__.starts
 """
         run_python(code)
 
-    def test_offers_at_most_ten_names_and_all_of_them_exist(self) -> None:
-        assert len(teal.__all__) <= 10
+    def test_offers_at_most_twelve_names_and_all_of_them_exist(self) -> None:
+        assert len(teal.__all__) <= 12
         assert all(callable(getattr(teal, name)) for name in teal.__all__)
         assert set(teal.__all__) <= set(dir(teal))
 
