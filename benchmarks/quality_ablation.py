@@ -9,6 +9,7 @@ kept in DIR, so that an interrupted run, repeated, continues. `cats` masks the g
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -82,7 +83,6 @@ class Study:
         self.calibration = self._blocks("calibration", 20, seed, 1024)
         self.validation = self._blocks("validation", 24, 0)
         self.test = self._blocks("test", arguments.sequences, None)
-        self._statistics: ActivationStatistics | None = None
 
     def _blocks(self, text: str, count: int | None, seed: int | None, length: int = 512) -> TokenBlocks:
         tokenizer = load_tokenizer(self.directory)
@@ -93,10 +93,14 @@ class Study:
     def _model(self) -> Any:
         return load_model(self.directory).to(self.arguments.device)
 
+    @functools.cached_property
     def statistics(self) -> ActivationStatistics:
-        if self._statistics is None:
-            self._statistics = calibrate(self._model(), self.calibration)
-        return self._statistics
+        return calibrate(self._model(), self.calibration)
+
+    @functools.cached_property
+    def measured(self) -> Any:
+        """The model that `evaluate` makes sparse and turns from plan to plan."""
+        return self._model()
 
     def measure(self, variant: str) -> dict[str, Any]:
         """Realised sparsity, nominal level and losses per sequence, for each wanted sparsity."""
@@ -105,11 +109,11 @@ class Study:
         options = dict(VARIANTS[variant])
         count = 4 if options["method"] == "blockwise" else self.arguments.tokens // 512
         plan = allocate(
-            self.statistics(), **options, levels=GRID, model=self._model(), batch=self.arguments.batch,
+            self.statistics, **options, levels=GRID, model=self._model(), batch=self.arguments.batch,
             tokens=self._blocks("calibration", count, self.seed),
         )  # fmt: skip
         nominal = self._nominal(plan)
-        found = evaluate(self._model(), self.test, {variant: plan}, nominal, batch=self.arguments.batch)
+        found = evaluate(self.measured, self.test, {variant: plan}, nominal, batch=self.arguments.batch)
         return {
             "variant": variant, "seed": self.seed, "rule": found.rule, "dense": found.dense_nll,
             "measurements": {
@@ -122,17 +126,17 @@ class Study:
         """The levels at which the plan realises LEVELS on the validation text."""
         nominal = list(LEVELS)
         for _ in range(2):
-            found = evaluate(self._model(), self.validation, {"plan": plan}, nominal, batch=self.arguments.batch)
+            found = evaluate(self.measured, self.validation, {"plan": plan}, nominal, batch=self.arguments.batch)
             errors = [m.sparsity - level for m, level in zip(found.measurements, LEVELS, strict=True)]
             nominal = [min(max(at - error, 0.01), max(GRID)) for at, error in zip(nominal, errors, strict=True)]
         return nominal
 
     def _measure_cats(self) -> dict[str, Any]:
         model = self._model()
-        source, dense_tokens = BlockSource(model), self.statistics().dense_tokens
+        source, dense_tokens = BlockSource(model), self.statistics.dense_tokens
         share = _gated_share(source)
         counts = _gate_statistics(source, self._blocks("calibration", 16, self.seed), dense_tokens)
-        uniform = allocate(self.statistics(), "uniform")
+        uniform = allocate(self.statistics, "uniform")
         dense: list[float] = []
         measurements = {}
         for level in (0.0, *LEVELS):
@@ -210,7 +214,7 @@ def show(arguments: argparse.Namespace) -> None:
     for path in sorted(arguments.output.glob("*.json")):
         payload = json.loads(path.read_text())
         results.setdefault(payload["variant"], []).append(payload)
-    dense = [loss for loss in next(iter(results.values()))[0]["dense"]]
+    dense = next(iter(results.values()))[0]["dense"]
     print(f"dense perplexity {math.exp(sum(dense) / len(dense)):.3f}, {len(dense)} sequences of 512 tokens\n")
     print("| variant | samples | " + " | ".join(f"{level:.0%} (realised)" for level in LEVELS) + " |")
     print("|---|---|" + "---|" * len(LEVELS))

@@ -14,7 +14,7 @@ from teal.artifacts import check_header, check_keys
 from teal.engine.generate import DecodeState, decode_tokens
 from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
-from teal.linear import always_dense, sparse_layers
+from teal.linear import always_dense, observing, sparse_layers
 from teal.ops import native, reference
 from teal.ops.sparse_gemv import sparse_gemv
 from teal.plan import DENSE, ProjectionPlan, SparsityPlan
@@ -160,20 +160,15 @@ def plan_of_activations(engine: DecoderModel, prompt_ids: Sequence[int], tokens:
     """
     layers = sparse_layers(engine)
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for name, layer in layers.items():
-        layer.observer = lambda x, rows=seen[name]: rows.append(x.abs().float().flatten())
     cache = engine.new_cache()
     first = max(1, min(len(prompt_ids), engine.context - tokens))
     tokens = min(tokens, engine.context - first)
-    try:
+    with observing(layers, lambda name, x: seen[name].append(x.abs().float().flatten())):
         engine.prefill(torch.tensor([prompt_ids[:first]], device=engine.device), cache)
         generator = torch.Generator().manual_seed(1)
         for position in range(first, first + tokens):
             token = torch.randint(engine.config.vocab_size, (1,), generator=generator).to(engine.device)
             engine.decode(token, torch.full_like(token, position), cache)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
     levels = tuple(step / 20 for step in range(19))
     structure = ModelStructure.of(engine)
     blocks: list[dict[str, ProjectionPlan]] = [{} for _ in structure.blocks]

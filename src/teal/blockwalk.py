@@ -2,7 +2,7 @@
 
 import ctypes
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from teal.artifacts import check_header, read_tensors, write_tensors
 from teal.checkpoint import Checkpoint, load_config, load_model, structure_from_config
 from teal.data import check_tokens
 from teal.errors import TealError, UsageError
-from teal.structure import ModelStructure, identify
+from teal.progress import track
+from teal.structure import ModelStructure, Projection, identify
 
 
 class BlockSource:
@@ -104,8 +105,39 @@ def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None)
 @torch.no_grad()
 def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Sequences [B, L, d] of equal length through a block -> [B, L, d]."""
+    return block_output(block, hidden, arguments)
+
+
+def block_output(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """As `run_block`, with gradients where they are enabled."""
     out = block(hidden, **arguments)
     return out[0] if isinstance(out, tuple) else out
+
+
+@torch.no_grad()
+def watch_inputs(
+    source: BlockSource,
+    tokens: Tensor,
+    watching: Callable[[int, Projection, nn.Module], Callable[[Tensor], None]],
+    title: str,
+    show_progress: bool,
+) -> None:
+    """Walk tokens [B, L] through the blocks; `watching(block, projection, module)` gives what its inputs
+    [1, L, K], one sequence at a time, are handed to.
+    """
+    hidden, arguments = source.first_inputs(tokens)
+    count = len(source.structure.blocks)
+    for index in track(range(count), title, count, show_progress):
+        with source.block(index) as block, ExitStack() as hooks:
+            for projection in source.structure.blocks[index]:
+                module = block.get_submodule(projection.name)
+                watch = watching(index, projection, module)
+
+                def hand_on(_: object, inputs: tuple[Tensor, ...], watch: Callable[[Tensor], None] = watch) -> None:
+                    watch(inputs[0])
+
+                hooks.callback(module.register_forward_pre_hook(hand_on).remove)
+            hidden = torch.cat([run_block(block, row, arguments[index]) for row in hidden.split(1)])
 
 
 class Spool:

@@ -183,6 +183,11 @@ def structure_from_config(path: str | Path) -> ModelStructure:
         raise TealError(f"{path} describes no causal language model: {reason}") from error
 
 
+def context_length(config: Any) -> int:
+    """Tokens that the positions of a model with this config reach."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory. Raises TealError if it has none."""
     from transformers import AutoTokenizer

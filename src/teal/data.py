@@ -94,7 +94,7 @@ def token_blocks(
         raise UsageError(f"a block of text must have at least 2 tokens, got {length}")
     if count is not None and count < 1:
         raise UsageError(f"at least 1 block of text is needed, got {count}")
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    opening = opening_tokens(tokenizer)
     body = length - len(opening)
     stream: list[int] = []
     for source in map(str, sources):
@@ -114,6 +114,11 @@ def token_blocks(
     rows = [opening + stream[start * body : (start + 1) * body] for start in starts[:count].tolist()]
     names = (source if source.startswith(DATASET) else Path(source).name for source in map(str, sources))
     return TokenBlocks(torch.tensor(rows, dtype=torch.int64), tuple(names), seed)
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What every sequence opens with: the begin-of-text token, if the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def read_stdin() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from teal.engine.cache import whole_extents
 from teal.engine.model import DecoderModel
 from teal.errors import UsageError
-from teal.linear import sparse_from, sparse_layers
+from teal.linear import observing, sparse_from, sparse_layers
 from teal.ops.reference import keep_mask
 from teal.sparse_model import plan_of
 from teal.structure import ModelStructure
@@ -112,10 +112,5 @@ def _recording(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def record(name: str, x: Tensor) -> None:
         dropped[name] = (~keep_mask(x, layers[name].threshold)).float().mean(-1).flatten()
 
-    try:
-        for name, layer in layers.items():
-            layer.observer = lambda x, name=name: record(name, x)
+    with observing(layers, record):
         yield dropped
-    finally:
-        for layer in layers.values():
-            layer.observer = None

@@ -1,6 +1,7 @@
 """SparseLinear: a projection that is dense in prefill and skips dropped channels in decode."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -225,6 +226,18 @@ def always_dense(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.always_dense = False
+
+
+@contextmanager
+def observing(layers: Mapping[str, SparseLinear], observe: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within the context `observe(name, x)` is called with the inputs of sparse tokens of each of `layers`."""
+    try:
+        for name, layer in layers.items():
+            layer.observer = functools.partial(observe, name)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.observer = None
 
 
 @contextmanager

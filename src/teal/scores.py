@@ -1,17 +1,15 @@
 """What is dropped first: scores of a projection's inputs, and the thresholds that drop a given share of them."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teal.blockwalk import BlockSource, run_block
-from teal.progress import track
+from teal.blockwalk import BlockSource, watch_inputs
 from teal.sensitivity import DROP_ALL, Sensitivities, Sensitivity, at_bins, cheapest_bins, find_price
 from teal.statistics import ActivationStatistics, InputStatistics
-from teal.structure import INPUT_OF_PROJECTION
+from teal.structure import INPUT_OF_PROJECTION, Projection
 
 SCORES = ("magnitude", "l2", "l1", "sensitivity")
 
@@ -35,28 +33,16 @@ def norm_thresholds(
 
     A pass over tokens [B, L] counts the scores of each projection.
     """
-    hidden, arguments = source.first_inputs(tokens)
-    counted: list[dict[str, InputStatistics]] = []
-    norms: list[dict[str, Tensor]] = []
-    count = len(source.structure.blocks)
-    for index in track(range(count), "counting scores", count, show_progress):
-        with source.block(index) as block, ExitStack() as hooks:
-            norms.append({})
-            counted.append({})
-            for projection in source.structure.blocks[index]:
-                module: Any = block.get_submodule(projection.name)
-                norm = torch.linalg.vector_norm(module.weight.detach().float(), order, dim=0)
-                entry = InputStatistics.empty(projection.in_features)
-                norms[-1][projection.name], counted[-1][projection.name] = norm, entry
+    counted: list[dict[str, InputStatistics]] = [{} for _ in source.structure.blocks]
+    norms: list[dict[str, Tensor]] = [{} for _ in source.structure.blocks]
 
-                def add(
-                    _: object, inputs: tuple[Tensor, ...], norm: Tensor = norm, entry: InputStatistics = entry
-                ) -> None:
-                    for row in inputs[0]:
-                        entry.add(row[dense_tokens:].float() * norm)
+    def watching(block: int, projection: Projection, module: Any) -> Callable[[Tensor], None]:
+        norm = torch.linalg.vector_norm(module.weight.detach().float(), order, dim=0)
+        entry = InputStatistics.empty(projection.in_features)
+        norms[block][projection.name], counted[block][projection.name] = norm, entry
+        return lambda x: entry.add(x[:, dense_tokens:].float() * norm)
 
-                hooks.callback(module.register_forward_pre_hook(add).remove)
-            hidden = torch.cat([run_block(block, row, arguments[index]) for row in hidden.split(1)])
+    watch_inputs(source, tokens, watching, "counting scores", show_progress)
 
     def threshold(block: int, projection: str, sparsity: float) -> Tensor:
         norm, score = norms[block][projection], counted[block][projection].threshold(sparsity)

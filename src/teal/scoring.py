@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal.data import check_tokens
+from teal.checkpoint import context_length
+from teal.data import check_tokens, opening_tokens
 from teal.errors import TealError
 
 Counting = Callable[[Tensor], AbstractContextManager[None]]  # of a mask [B, T]: within, those tokens are counted
@@ -28,11 +29,6 @@ class Score:
 
     log_likelihood: float
     is_greedy: bool
-
-
-def opening_tokens(tokenizer: Any) -> list[int]:
-    """What every sequence opens with: the begin-of-text token, if the tokenizer has one."""
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -158,7 +154,7 @@ def continue_greedily(
 
 def context_of(model: Any) -> int:
     """Tokens that the model's positions reach."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2048))
+    return context_length(model.config)
 
 
 class _Ends:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teal.blockwalk import BlockSource, replace_forward
+from teal.blockwalk import BlockSource, block_output, replace_forward, run_block
 from teal.errors import TealError
 from teal.ops.reference import keep_mask
 from teal.progress import track
@@ -172,8 +172,8 @@ class SensitivityMeter:
         hidden, arguments = self.source.first_inputs(self.tokens)
         states = [hidden]
         for index, others in enumerate(arguments):
-            with tapped_block(self, index, droppings[index] if droppings else None) as (block, _), torch.no_grad():
-                states.append(torch.cat([_output(block, rows, others) for rows in states[-1].split(self.batch)]))
+            with tapped_block(self, index, droppings[index] if droppings else None) as (block, _):
+                states.append(torch.cat([run_block(block, rows, others) for rows in states[-1].split(self.batch)]))
         return states, arguments
 
     def _output_gradients(self, output: Tensor, coherent: bool) -> list[Tensor]:
@@ -228,7 +228,7 @@ class _BlockBackward:
             for start in range(0, len(hidden), batch):
                 rows = hidden[start : start + batch].detach().requires_grad_()
                 taps.clear()
-                output = _output(block, rows, arguments)
+                output = block_output(block, rows, arguments)
                 wanted = [rows, *(tap.entering for tap in taps)]
                 at_inputs = []
                 for position, gradient in enumerate(outer):
@@ -289,11 +289,6 @@ def tapped_block(
             module = block.get_submodule(projection.name)
             replaced.enter_context(replace_forward(module, tapped(module, projection.name)))
         yield block, taps
-
-
-def _output(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    out = block(hidden, **arguments)
-    return out[0] if isinstance(out, tuple) else out
 
 
 def cheapest_bins(cost: Tensor, dropped: Tensor, price: float) -> Tensor:

@@ -1,12 +1,12 @@
 """SparsityMeter: how sparse the sparse tokens really were, per projection and by bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from teal.linear import sparse_layers
+from teal.linear import observing, sparse_layers
 from teal.ops.reference import keep_mask
 from teal.structure import ModelStructure
 
@@ -31,13 +31,16 @@ class SparsityMeter:
 
         Of the tokens [B, T] of a call only those that are True in `counted` count; None counts all.
         """
-        try:
-            for name in self._labels:
-                self._layers[name].observer = self._counter(name, counted)
+
+        def count(name: str, x: Tensor) -> None:
+            if counted is not None:
+                x = x[counted[:, counted.shape[1] - x.shape[-2] :]]
+            dropped = (~keep_mask(x, self._layers[name].threshold)).sum()
+            self._dropped[name] = self._dropped[name].to(x.device) + dropped
+            self._total[name] += x.numel()
+
+        with observing({name: self._layers[name] for name in self._labels}, count):
             yield
-        finally:
-            for name in self._labels:
-                self._layers[name].observer = None
 
     def projections(self) -> dict[str, float]:
         """Share of inputs dropped by "block.projection"; 0 where no sparse token was seen."""
@@ -50,14 +53,3 @@ class SparsityMeter:
 
     def _share(self, name: str) -> float:
         return int(self._dropped[name]) / max(1, self._total[name])
-
-    def _counter(self, name: str, counted: Tensor | None) -> Callable[[Tensor], None]:
-        layer = self._layers[name]
-
-        def count(x: Tensor) -> None:
-            if counted is not None:
-                x = x[counted[:, counted.shape[1] - x.shape[-2] :]]
-            self._dropped[name] = self._dropped[name].to(x.device) + (~keep_mask(x, layer.threshold)).sum()
-            self._total[name] += x.numel()
-
-        return count

@@ -11,6 +11,7 @@ from torch import nn
 from teal.artifacts import check_header, check_keys
 from teal.blockwalk import check_evaluation_mode
 from teal.calibration import DENSE_TOKENS
+from teal.data import opening_tokens
 from teal.errors import TealError, UsageError
 from teal.evaluation import check_levels, increase, make_sparse, mean_and_error, restoring
 from teal.linear import sparse_from
@@ -23,7 +24,6 @@ from teal.scoring import (
     continue_greedily,
     encode,
     encode_request,
-    opening_tokens,
     score,
     shorten,
 )

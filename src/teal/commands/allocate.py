@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.allocation import allocate
     from teal.blockwalk import discard_spool
     from teal.blockwise_allocation import GreedyConfig
-    from teal.checkpoint import load_config, resolve_model
+    from teal.checkpoint import context_length, load_config, resolve_model
     from teal.data import CALIBRATION_TEXT
     from teal.errors import TealError
     from teal.plan import level_grid
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     source = common.open_blocks(arguments, directory)
     statistics.identity.check_fits(source.identity, "the statistics")
     check_weights(statistics.identity, source.identity, "the statistics", arguments.strict)
-    length = arguments.length or min(512, common.context_length(load_config(directory)))
+    length = arguments.length or min(512, context_length(load_config(directory)))
     tokens = arguments.tokens or (2048 if arguments.method == "blockwise" else 8192)
     blocks = common.read_blocks(arguments, directory, CALIBRATION_TEXT, length, tokens, arguments.seed)
     plan = allocate(

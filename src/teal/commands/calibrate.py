@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from teal.blockwalk import discard_spool
-    from teal.calibration import DENSE_TOKENS, calibrate
+    from teal.calibration import calibrate
     from teal.checkpoint import resolve_model
     from teal.data import CALIBRATION_TEXT
     from teal.statistics import ActivationStatistics
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments, directory, CALIBRATION_TEXT, arguments.length, arguments.tokens, arguments.seed
     )
     source = common.open_blocks(arguments, directory)
-    dense_tokens = DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens
+    dense_tokens = common.dense_tokens(arguments)
     for other in earlier:
         other.check_merges(source.identity, dense_tokens)  # now, not after the work
     statistics = calibrate(

@@ -301,7 +301,7 @@ def read_blocks(
 
     `length` is that of a block, by default the model's context, at most 2048 and at most `tokens`.
     """
-    from teal.checkpoint import load_config, load_tokenizer
+    from teal.checkpoint import context_length, load_config, load_tokenizer
     from teal.data import token_blocks
 
     context = context_length(load_config(directory))
@@ -324,8 +324,11 @@ def read_blocks(
     )
 
 
-def context_length(config: Any) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 2048))
+def dense_tokens(arguments: argparse.Namespace) -> int:
+    """--dense-tokens, or the number that calibration leaves out by default."""
+    from teal.calibration import DENSE_TOKENS
+
+    return DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens
 
 
 def load_model(directory: Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> Any:

@@ -79,7 +79,6 @@ def _read_blocks(arguments: argparse.Namespace, directory: Path, sources: Sequen
 def _evaluate(
     arguments: argparse.Namespace, model: Any, blocks: "TokenBlocks", plans: "dict[str, SparsityPlan]"
 ) -> "Evaluation":
-    from teal.calibration import DENSE_TOKENS
     from teal.evaluation import evaluate
 
     return evaluate(
@@ -87,7 +86,7 @@ def _evaluate(
         blocks,
         plans,
         arguments.levels,
-        dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        dense_tokens=common.dense_tokens(arguments),
         batch=arguments.batch,
         quantization=arguments.weights,
         simulate_bits=arguments.simulate_bits,

@@ -93,6 +93,7 @@ class TextModel:
         self._load(arguments, directory, self.plan)
 
     def _load(self, arguments: argparse.Namespace, directory: Path, plan: "SparsityPlan | None") -> None:
+        from teal import checkpoint
         from teal.engine.load import DEFAULT_CONTEXT, load_engine
         from teal.sparse_model import set_sparsity, sparsify
 
@@ -110,7 +111,7 @@ class TextModel:
             why = str(reason).partition(";")[0]  # what follows says what is done here
             warnings.warn(f"decoding through transformers: {why}", stacklevel=2)
             self.model = common.load_model(directory, dtype, arguments.device)
-            most = common.context_length(self.model.config)
+            most = checkpoint.context_length(self.model.config)
             if arguments.context is not None and arguments.context > most:
                 raise TealError(f"context must be between 1 and the model's {most}, got {arguments.context}") from None
             self.context = arguments.context or min(most, DEFAULT_CONTEXT)

@@ -157,7 +157,7 @@ def _rounding_errors(checkpoint: "Checkpoint", structure: "ModelStructure") -> d
 
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
-    from teal.checkpoint import Checkpoint, load_config, resolve_model, structure_from_config
+    from teal.checkpoint import Checkpoint, context_length, load_config, resolve_model, structure_from_config
     from teal.ops.sparse_gemv import QUANTIZATIONS
     from teal.structure import ModelIdentity
 
@@ -167,7 +167,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     identity = ModelIdentity.of(structure, checkpoint.fingerprint(structure))
     common.say(arguments, f"checkpoint   {directory} ({checkpoint.bytes() / 2**20:.1f} MiB)")
     _identity(arguments, identity)
-    common.say(arguments, f"context      {common.context_length(config)} tokens")
+    common.say(arguments, f"context      {context_length(config)} tokens")
     total = sum(p.size for block in structure.blocks for p in block)
     errors = _rounding_errors(checkpoint, structure)
     rows = [

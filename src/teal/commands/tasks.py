@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from teal.calibration import DENSE_TOKENS
     from teal.checkpoint import load_tokenizer, resolve_model
     from teal.task_evaluation import evaluate_tasks
     from teal.tasks import read_task
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         tasks,
         plans,
         arguments.levels,
-        dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        dense_tokens=common.dense_tokens(arguments),
         max_new_tokens=arguments.max_new_tokens,
         batch=arguments.batch,
         quantization=arguments.weights,

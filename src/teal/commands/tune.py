@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from teal.artifacts import write_json
-    from teal.calibration import DENSE_TOKENS
-    from teal.checkpoint import load_config, resolve_model
+    from teal.checkpoint import context_length, load_config, resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.sparse_model import save_settings
     from teal.tuning import LossBudget, tune
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--weights is for --device cpu")
     directory = resolve_model(arguments.model)
     plans = _plans(arguments)
-    length = arguments.length or min(LENGTH, common.context_length(load_config(directory)))
+    length = arguments.length or min(LENGTH, context_length(load_config(directory)))
     blocks = common.read_blocks(arguments, directory, EVALUATION_TEXT, length, arguments.tokens, None)
     for plan in plans.values():
         _check_text(arguments, directory, EVALUATION_TEXT, plan)
@@ -94,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         blocks,
         plans,
         budget,
-        dense_tokens=DENSE_TOKENS if arguments.dense_tokens is None else arguments.dense_tokens,
+        dense_tokens=common.dense_tokens(arguments),
         batch=arguments.batch,
         quantization=arguments.weights,
         strict=arguments.strict,

@@ -20,6 +20,7 @@ from typing import Any
 from teal.calibration import DENSE_TOKENS
 from teal.checkpoint import load_tokenizer, resolve_model
 from teal.commands import common
+from teal.data import opening_tokens
 from teal.errors import TealError, UsageError
 from teal.linear import sparse_from
 from teal.plan import SparsityPlan
@@ -31,7 +32,6 @@ from teal.scoring import (
     context_of,
     continue_greedily,
     encode,
-    opening_tokens,
     score,
     shorten,
 )
