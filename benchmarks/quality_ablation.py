@@ -3,9 +3,10 @@
     python benchmarks/quality_ablation.py MODEL --calibration c4.jsonl --validation wiki.valid.tokens \
         --test wiki.test.tokens --wikitext --output DIR
 
-For every seed: statistics and plans from samples of the calibration text; nominal levels at which a plan realises the
-wanted sparsity on the validation text; perplexity there on the test text. Test text chooses nothing. Each result is
-kept in DIR, so that an interrupted run, repeated, continues. `cats` masks the gate's output (CATS, arXiv 2404.08763).
+For every seed: statistics, plans and, for `rotated`, axes from samples of the calibration text; nominal levels at which
+a plan realises the wanted sparsity on the validation text; perplexity there on the test text, against the dense model
+before rotation. Test text chooses nothing. Each result is kept in DIR, so that an interrupted run, repeated, continues.
+`cats` masks the gate's output (CATS, arXiv 2404.08763).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teal import allocate, calibrate, evaluate
+from teal import allocate, calibrate, evaluate, rotate
 from teal.artifacts import write_json
 from teal.blockwalk import BlockSource, replace_forward
 from teal.checkpoint import load_model, load_tokenizer, resolve_model
@@ -40,6 +41,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "global, magnitude": {"method": "global", "score": "magnitude", "compensate": False},
     "global, magnitude, compensated": {"method": "global", "score": "magnitude", "compensate": True},
     "global, l2, compensated": {"method": "global", "score": "l2", "compensate": True},
+    "rotated, uniform": {"rotated": True, "method": "uniform"},
+    "rotated, blockwise": {"rotated": True, "method": "blockwise"},
+    "rotated, global, magnitude": {
+        "rotated": True,
+        "method": "global",
+        "score": "magnitude",
+        "compensate": False,
+    },
+    "rotated, global, sensitivity": {"rotated": True, "method": "global", "compensate": False},
+    "rotated, global, sensitivity, compensated": {"rotated": True, "method": "global"},
     "uniform, l2": {"method": "uniform", "score": "l2"},
     "uniform, l1": {"method": "uniform", "score": "l1"},
     "uniform, sensitivity": {"method": "uniform", "score": "sensitivity"},
@@ -76,7 +87,7 @@ def main() -> None:
 
 
 class Study:
-    """One calibration sample of one model."""
+    """One calibration sample of one model, as it is and rotated."""
 
     def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
         self.directory, self.arguments, self.seed = resolve_model(arguments.model), arguments, seed
@@ -90,53 +101,61 @@ class Study:
         path = getattr(self.arguments, text)
         return token_blocks([path], tokenizer, length=length, count=count, seed=seed, wikitext=wikitext)
 
-    def _model(self) -> Any:
-        return load_model(self.directory).to(self.arguments.device)
+    @functools.cached_property
+    def plain(self) -> "Calibrated":
+        return Calibrated(self.directory, self.calibration, self.arguments.device)
 
     @functools.cached_property
-    def statistics(self) -> ActivationStatistics:
-        return calibrate(self._model(), self.calibration)
+    def rotated(self) -> "Calibrated":
+        directory = self.arguments.output / f"rotated-{self.seed}"
+        if not directory.exists():
+            rotate(self.directory, self.calibration, directory)
+        return Calibrated(directory, self.calibration, self.arguments.device)
 
     @functools.cached_property
-    def measured(self) -> Any:
-        """The model that `evaluate` makes sparse and turns from plan to plan."""
-        return self._model()
+    def dense(self) -> list[float]:
+        """Losses per sequence of the test text, before rotation."""
+        plan = allocate(self.plain.statistics, "uniform")
+        return evaluate(self.plain.measured, self.test, {"": plan}, (0.0,), batch=self.arguments.batch).dense_nll
 
     def measure(self, variant: str) -> dict[str, Any]:
         """Realised sparsity, nominal level and losses per sequence, for each wanted sparsity."""
         if variant == "cats":
             return self._measure_cats()
         options = dict(VARIANTS[variant])
+        model = self.rotated if options.pop("rotated", False) else self.plain
         count = 4 if options["method"] == "blockwise" else self.arguments.tokens // 512
         plan = allocate(
-            self.statistics, **options, levels=GRID, model=self._model(), batch=self.arguments.batch,
+            model.statistics, **options, levels=GRID, model=model.load(), batch=self.arguments.batch,
             tokens=self._blocks("calibration", count, self.seed),
         )  # fmt: skip
-        nominal = self._nominal(plan)
-        found = evaluate(self.measured, self.test, {variant: plan}, nominal, batch=self.arguments.batch)
+        nominal = self._nominal(model, plan)
+        found = evaluate(model.measured, self.test, {variant: plan}, nominal, batch=self.arguments.batch)
+        dense = found.dense_nll if model is self.plain else self.dense
         return {
-            "variant": variant, "seed": self.seed, "rule": found.rule, "dense": found.dense_nll,
+            "variant": variant, "seed": self.seed, "rule": found.rule, "dense": dense,
+            "dense_as_run": found.dense_nll,
             "measurements": {
                 str(level): {"nominal": at, "sparsity": m.sparsity, "kl": m.kl, "nll": m.nll}
                 for level, at, m in zip(LEVELS, nominal, found.measurements, strict=True)
             },
         }  # fmt: skip
 
-    def _nominal(self, plan: SparsityPlan) -> list[float]:
+    def _nominal(self, model: "Calibrated", plan: SparsityPlan) -> list[float]:
         """The levels at which the plan realises LEVELS on the validation text."""
         nominal = list(LEVELS)
         for _ in range(2):
-            found = evaluate(self.measured, self.validation, {"plan": plan}, nominal, batch=self.arguments.batch)
+            found = evaluate(model.measured, self.validation, {"plan": plan}, nominal, batch=self.arguments.batch)
             errors = [m.sparsity - level for m, level in zip(found.measurements, LEVELS, strict=True)]
             nominal = [min(max(at - error, 0.01), max(GRID)) for at, error in zip(nominal, errors, strict=True)]
         return nominal
 
     def _measure_cats(self) -> dict[str, Any]:
-        model = self._model()
-        source, dense_tokens = BlockSource(model), self.statistics.dense_tokens
+        model = self.plain.load()
+        source, dense_tokens = BlockSource(model), self.plain.statistics.dense_tokens
         share = _gated_share(source)
         counts = _gate_statistics(source, self._blocks("calibration", 16, self.seed), dense_tokens)
-        uniform = allocate(self.statistics, "uniform")
+        uniform = allocate(self.plain.statistics, "uniform")
         dense: list[float] = []
         measurements = {}
         for level in (0.0, *LEVELS):
@@ -151,7 +170,32 @@ class Study:
             else:
                 realised = share * float(torch.stack(dropped).mean())
                 measurements[str(level)] = {"nominal": level, "sparsity": realised, "nll": found.dense_nll}
-        return {"variant": "cats", "seed": self.seed, "dense": dense, "measurements": measurements}
+        return {
+            "variant": "cats",
+            "seed": self.seed,
+            "dense": dense,
+            "dense_as_run": dense,
+            "measurements": measurements,
+        }
+
+
+class Calibrated:
+    """A model directory with its statistics."""
+
+    def __init__(self, directory: Path, calibration: TokenBlocks, device: str) -> None:
+        self.directory, self.calibration, self.device = directory, calibration, device
+
+    def load(self) -> Any:
+        return load_model(self.directory).to(self.device)
+
+    @functools.cached_property
+    def statistics(self) -> ActivationStatistics:
+        return calibrate(self.load(), self.calibration)
+
+    @functools.cached_property
+    def measured(self) -> Any:
+        """The model that `evaluate` makes sparse and turns from plan to plan."""
+        return self.load()
 
 
 def _gated_share(source: BlockSource) -> float:
@@ -209,34 +253,50 @@ def _masked_gates(
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """The table: increase of perplexity over dense in per cent, mean over samples and its standard error."""
+    """Means over samples with their standard errors; in brackets the largest error over sequences."""
     results: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(arguments.output.glob("*.json")):
         payload = json.loads(path.read_text())
         results.setdefault(payload["variant"], []).append(payload)
     dense = next(iter(results.values()))[0]["dense"]
-    print(f"dense perplexity {math.exp(sum(dense) / len(dense)):.3f}, {len(dense)} sequences of 512 tokens\n")
-    print("| variant | samples | " + " | ".join(f"{level:.0%} (realised)" for level in LEVELS) + " |")
-    print("|---|---|" + "---|" * len(LEVELS))
-    for variant in (name for name in VARIANTS if name in results):
-        cells = [_cell([r for r in results[variant] if str(level) in r["measurements"]], level) for level in LEVELS]
-        print(f"| {variant} | {len(results[variant])} | {' | '.join(cells)} |")
+    print(f"dense perplexity {math.exp(sum(dense) / len(dense)):.3f}, {len(dense)} sequences of 512 tokens")
+    rotated = [
+        _increase(r["dense_as_run"], r["dense"])[0] for name in results if "rotated" in name for r in results[name]
+    ]
+    if rotated:
+        print(f"rotated and dense: {min(rotated):+.2f} to {max(rotated):+.2f} %")
+    for title, cell in (("increase of perplexity, %", _perplexity), ("divergence from dense, nats", _divergence)):
+        print(f"\n{title} (realised sparsity)\n")
+        print("| variant | samples | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |")
+        print("|---|---|" + "---|" * len(LEVELS))
+        for variant in (name for name in VARIANTS if name in results):
+            found = [[r for r in results[variant] if str(level) in r["measurements"]] for level in LEVELS]
+            cells = [
+                cell(of_level, str(level)) if of_level else "-" for of_level, level in zip(found, LEVELS, strict=True)
+            ]
+            print(f"| {variant} | {len(results[variant])} | {' | '.join(cells)} |")
 
 
-def _cell(results: list[dict[str, Any]], level: float) -> str:
-    if not results:
+def _increase(sparse: list[float], dense: list[float]) -> tuple[float, float]:
+    """Of the perplexity in per cent, with the paired standard error, from losses per sequence."""
+    mean, error = mean_and_error([a - b for a, b in zip(sparse, dense, strict=True)])
+    return 100 * math.expm1(mean), 100 * math.exp(mean) * error
+
+
+def _perplexity(results: list[dict[str, Any]], level: str) -> str:
+    pairs = [_increase(result["measurements"][level]["nll"], result["dense"]) for result in results]
+    mean, spread = mean_and_error([increase for increase, _ in pairs])
+    realised = sum(result["measurements"][level]["sparsity"] for result in results) / len(results)
+    shown = f" ± {spread:.2f}" if len(results) > 1 else ""
+    return f"{mean:+.2f}{shown} [{max(error for _, error in pairs):.2f}] ({realised:.3f})"
+
+
+def _divergence(results: list[dict[str, Any]], level: str) -> str:
+    found = [result["measurements"][level].get("kl") for result in results]
+    if None in found:
         return "-"
-    increases, realised, errors = [], [], []
-    for result in results:
-        found = result["measurements"][str(level)]
-        pairs = [a - b for a, b in zip(found["nll"], result["dense"], strict=True)]
-        mean, error = mean_and_error(pairs)
-        increases.append(100 * math.expm1(mean))
-        errors.append(100 * math.exp(mean) * error)
-        realised.append(found["sparsity"])
-    mean, spread = mean_and_error(increases)
-    shown = f"±{spread:.2f}" if len(increases) > 1 else ""
-    return f"{mean:+.2f}{shown} [{max(errors):.2f}] ({sum(realised) / len(realised):.3f})"
+    mean, spread = mean_and_error(found)
+    return f"{mean:.4f} ± {spread:.4f}" if len(found) > 1 else f"{mean:.4f}"
 
 
 if __name__ == "__main__":

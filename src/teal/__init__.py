@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from teal.evaluation import evaluate
     from teal.integrations.transformers import TealConfig
     from teal.plan import SparsityPlan
+    from teal.rotation import rotate
     from teal.sparse_model import load, save, set_sparsity, sparsify
     from teal.statistics import ActivationStatistics
     from teal.tuning import tune
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "evaluate",
     "load",
+    "rotate",
     "save",
     "set_sparsity",
     "sparsify",
@@ -40,6 +42,7 @@ _HOME = {
     "calibrate": "teal.calibration",
     "evaluate": "teal.evaluation",
     "load": "teal.sparse_model",
+    "rotate": "teal.rotation",
     "save": "teal.sparse_model",
     "set_sparsity": "teal.sparse_model",
     "sparsify": "teal.sparse_model",

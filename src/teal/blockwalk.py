@@ -143,9 +143,9 @@ def watch_inputs(
 class Spool:
     """Finished blocks of a long walk, on disk, so that an interrupted run continues where it stopped.
 
-    Holds one file of results per finished block and the hidden states that enter the next one. `job` says
-    what is being computed: a spool of another job is refused, never mixed in. Without a directory nothing
-    is kept. `discard_spool` deletes it once the result is safe.
+    Holds one file of results per finished block, the hidden states that enter the next one and what else is `carried`
+    along. `job` says what is being computed: a spool of another job is refused, never mixed in. Without a directory
+    nothing is kept. `discard_spool` deletes it once the result is safe.
     """
 
     FORMAT = "teal.spool"
@@ -156,15 +156,16 @@ class Spool:
         self.job = job
         self.finished = 0
         self.hidden: Tensor | None = None
+        self.carried: dict[str, Tensor] = {}
         if directory is not None and (directory / "hidden.safetensors").exists():
             tensors, header = self._read("hidden")
-            self.finished, self.hidden = int(header["finished"]), tensors["hidden"]
+            self.finished, self.hidden, self.carried = int(header["finished"]), tensors.pop("hidden"), tensors
 
-    def save(self, index: int, results: dict[str, Tensor], hidden: Tensor) -> None:
-        """Keep the results of block `index` and the hidden states it gave."""
+    def save(self, index: int, results: dict[str, Tensor], hidden: Tensor, **carried: Tensor) -> None:
+        """Keep the results of block `index`, the hidden states it gave and what is carried along with them."""
         if self.directory is not None:
             self._write(f"block-{index:05d}", results, index + 1)
-            self._write("hidden", {"hidden": hidden}, index + 1)
+            self._write("hidden", {"hidden": hidden, **carried}, index + 1)
 
     def results(self, index: int) -> dict[str, Tensor]:
         """What was saved for a finished block."""

@@ -95,6 +95,13 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    def names_by_file(self) -> dict[Path, list[str]]:
+        """The tensors of each safetensors file."""
+        found: dict[Path, list[str]] = {}
+        for name, file in self._file_of.items():
+            found.setdefault(file, []).append(name)
+        return found
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, memory-mapped. Raises TealError if the checkpoint has none of that name."""
         return self._open(self._path(name)).get_tensor(name)

@@ -15,6 +15,7 @@ from teal.interrupts import noting_interrupts
 
 VERBS = {
     "demo": "run the whole pipeline on the embedded model and write a report",
+    "rotate": "write a model in other axes, in which sparsity costs it less",
     "calibrate": "measure the activations of a model on a little text",
     "allocate": "decide how sparse each projection is at each level",
     "import-published": "make a plan of the TEAL repository's published artifacts",

@@ -191,9 +191,14 @@ def seed(text: str) -> int:
     return value
 
 
+def model_name(model: str | None) -> str:
+    """The last part of a model's directory or hub name."""
+    return os.path.basename(os.path.abspath(model)) if model else "embedded"
+
+
 def work_directory(model: str | None) -> Path:
     """Where a model's artifacts go unless told otherwise: ./teal-NAME."""
-    return Path(f"teal-{os.path.basename(os.path.abspath(model)) if model else 'embedded'}")
+    return Path(f"teal-{model_name(model)}")
 
 
 def output_path(arguments: argparse.Namespace, default: str) -> Path:
