@@ -109,7 +109,7 @@ class Study:
     def rotated(self) -> "Calibrated":
         directory = self.arguments.output / f"rotated-{self.seed}"
         if not directory.exists():
-            rotate(self.directory, self.calibration, directory)
+            rotate(self.directory, self.calibration, directory, device=self.arguments.device)
         return Calibrated(directory, self.calibration, self.arguments.device)
 
     @functools.cached_property

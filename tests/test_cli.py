@@ -650,12 +650,11 @@ class TestReport:
 @pytest.fixture
 def short_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline on the embedded model, with less of everything."""
-    from teal import allocation, benchmark, data
+    from teal import benchmark, data
 
-    blocks, measure, greedy = data.token_blocks, benchmark.benchmark, allocation.GreedyConfig
+    blocks, measure = data.token_blocks, benchmark.benchmark
     monkeypatch.setattr(data, "token_blocks", lambda *a, **o: blocks(*a, **{**o, "length": 48, "count": 2}))
     monkeypatch.setattr(benchmark, "benchmark", lambda *a, **o: measure(*a, **o, new_tokens=3, repeats=1))
-    monkeypatch.setattr(allocation, "GreedyConfig", lambda step: greedy(step=0.1))
     monkeypatch.chdir(tmp_path)
 
 
@@ -673,7 +672,7 @@ def test_demo(teal: Callable[..., Outcome]) -> None:
         == 0
     )
     assert Path("again.html").read_text(encoding="utf-8") == page, "the demo's page is that of teal report"
-    for name in ("evaluation.json", "bench.json", "uniform.json", "blockwise.json", "statistics.safetensors"):
+    for name in ("evaluation.json", "bench.json", "uniform.json", "global.json", "statistics.safetensors", "model"):
         assert teal("inspect", f"teal-demo/{name}").code == 0
     again = teal("demo")
     assert again.complaints == ["teal: teal-demo exists and is not empty; name another --output or pass --overwrite"]
@@ -685,8 +684,14 @@ def test_an_interrupted_demo_continues(teal: Callable[..., Outcome], monkeypatch
     out = Path("teal-demo")
     steps = {
         "statistics.ActivationStatistics.save": [],
-        "evaluation._logits": ["statistics.safetensors", "uniform.json", "blockwise.json"],
-        "benchmark.read_bandwidth": ["statistics.safetensors", "uniform.json", "blockwise.json", "evaluation.json"],
+        "evaluation._logits": ["statistics.safetensors", "uniform.json", "global.json", "global.vectors.safetensors"],
+        "benchmark.read_bandwidth": [
+            "statistics.safetensors",
+            "uniform.json",
+            "global.json",
+            "global.vectors.safetensors",
+            "evaluation.json",
+        ],
     }
     for target, finished in steps.items():
         with monkeypatch.context() as patched:
@@ -696,11 +701,11 @@ def test_an_interrupted_demo_continues(teal: Callable[..., Outcome], monkeypatch
             "teal: interrupted; finished steps are kept, repeat the command without --overwrite to continue"
         ]
         kept = {path.name for path in out.iterdir() if path.suffix != ".partial"}
-        assert kept == {*finished, "unfinished"}
+        assert kept == {*finished, "model", "unfinished"}
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert teal("demo").code == 0
     assert not (out / "unfinished").exists()
-    for name in ("statistics.safetensors", "blockwise.json", "evaluation.json"):
+    for name in ("statistics.safetensors", "global.json", "evaluation.json", "model"):
         assert (out / name).stat().st_mtime_ns == before[name]
     assert teal("demo", "--overwrite").code == 0
     assert all((out / name).stat().st_mtime_ns != before[name] for name in before if name != "unfinished")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from teal.artifacts import check_writable, read_json, write_atomically, write_json
 from teal.blockwalk import BlockSource, Spool, discard_spool, open_blocks, run_block
 from teal.calibration import DENSE_TOKENS, check_finite
-from teal.checkpoint import Checkpoint, structure_from_config
+from teal.checkpoint import Checkpoint, load_model, structure_from_config
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError
 from teal.progress import track
@@ -67,9 +67,9 @@ def rotate(
 ) -> Rotation:
     """Write the model of `directory` to the directory `output`, in axes found on tokens [B, L], see `find_rotation`.
 
-    Weights are multiplied in float32 on `device` and stored in `dtype` (None: as they were). A tied LM head is stored
-    apart, as the final norm's gain goes into it. What is finished lies beside `output` until all is: an interrupted
-    run, repeated, continues.
+    Weights are multiplied in float32 and stored in `dtype` (None: as they were); a tied LM head is stored apart, as the
+    final norm's gain goes into it. A `device` other than "cpu" must hold the whole model. What is finished lies beside
+    `output` until all is: an interrupted run, repeated, continues.
     Raises TealError for an `output` that exists, for quantized weights and for model types other than ROTATABLE.
     """
     directory, output = Path(directory), Path(output)
@@ -82,7 +82,8 @@ def rotate(
             f"model type {structure.model_type!r} cannot be rotated: not known to have nothing but RMSNorms and "
             f"projections on its hidden states; {', '.join(ROTATABLE)} are"
         )
-    source, checkpoint = open_blocks(directory), Checkpoint(directory)
+    checkpoint = Checkpoint(directory)
+    source = open_blocks(directory if device == "cpu" else load_model(directory, device=device))
     job = {
         "stage": "rotate", "model": source.identity.weights, "tokens": hash_tokens(_ids(tokens)),
         "dense_tokens": dense_tokens, "dtype": str(dtype),

@@ -27,7 +27,7 @@ BINS = 96  # of |x| in each channel, relative to the channel's root mean square
 BINS_PER_OCTAVE = 8
 LOWEST_OCTAVE = -9
 DROP_ALL = torch.finfo(torch.float32).max  # a threshold; finite, so that plans can interpolate
-PRICE_STEPS = 40  # halvings of the range in which the logarithm of a price is sought
+PRICE_STEPS = 28  # halvings of the range in which the logarithm of a price is sought
 COHERENCE_RANGE = (0.2, 5.0)
 
 

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on the embedded model: calibrate, allocate, evaluate, generate, bench, report.
+"""Run the whole pipeline on the embedded model: rotate, calibrate, allocate, evaluate, generate, bench, report.
 
 example:
   teal demo --output teal-demo
@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from teal.commands import bench, common, evaluate
@@ -28,8 +29,9 @@ OPERANDS = ""
 INTERRUPTED = "interrupted; finished steps are kept, repeat the command without --overwrite to continue"
 PROMPT = "The city of"
 UNFINISHED = "unfinished"  # marks the output until the report is written
-STATISTICS, UNIFORM, BLOCKWISE = "statistics.safetensors", "uniform.json", "blockwise.json"
+MODEL, STATISTICS, UNIFORM, GLOBAL = "model", "statistics.safetensors", "uniform.json", "global.json"
 EVALUATION, BENCH, SAMPLES, REPORT = "evaluation.json", "bench.json", "samples.json", "report.html"
+TO = 0.7  # levels of the plans
 SAMPLING = "One draw each, temperature 0.7, top-p 0.95, the same seed"
 
 Result = TypeVar("Result")
@@ -42,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from teal.checkpoint import EMBEDDED_MODEL
     from teal.engine.load import load_engine
     from teal.report_page import write_report, write_samples
     from teal.sparse_model import sparsify
@@ -50,13 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     out: Path = arguments.output
     _claim(out, arguments.overwrite)
+    _rotate(out)
     plans = _plans(out, _statistics(out))
     quality = _quality(out, plans)
     evaluate.show(arguments, quality)
-    engine = load_engine(EMBEDDED_MODEL, context=256)
-    sparsify(engine, plans["blockwise"], 0.0)
+    engine = load_engine(out / MODEL, context=256)
+    sparsify(engine, plans["global"], 0.0)
     samples = _samples(arguments, engine)
-    speed = _speed(out, engine, plans["blockwise"])
+    speed = _speed(out, engine, plans["global"])
     bench.show(arguments, speed)
     write_samples(out / SAMPLES, samples, SAMPLING)
     write_report(out, out / REPORT, "teal demo: the embedded model, dense and sparse")
@@ -86,8 +88,11 @@ def _claim(out: Path, overwrite: bool) -> None:
         raise TealError(f"{out} exists and is not empty; name another --output or pass --overwrite")
     check_writable(out / REPORT)
     write_atomically(out / UNFINISHED, lambda path: path.write_text("Repeat `teal demo` to continue.\n"))
-    for name in (STATISTICS, UNIFORM, BLOCKWISE, EVALUATION, BENCH, SAMPLES, REPORT):
+    rmtree(out / MODEL, ignore_errors=True)
+    rmtree(common.spool_directory(out / MODEL), ignore_errors=True)
+    for name in (STATISTICS, UNIFORM, GLOBAL, EVALUATION, BENCH, SAMPLES, REPORT):
         (out / name).unlink(missing_ok=True)
+        (out / f"{Path(name).stem}.vectors.safetensors").unlink(missing_ok=True)
         discard_spool(common.spool_directory(out / name))
 
 
@@ -103,17 +108,25 @@ def _calibration_blocks(count: int) -> "TokenBlocks":
     return token_blocks([CALIBRATION_TEXT], load_tokenizer(EMBEDDED_MODEL), length=512, count=count, seed=0)
 
 
+def _rotate(out: Path) -> None:
+    """The embedded model in the axes of its principal components."""
+    from teal.checkpoint import EMBEDDED_MODEL
+    from teal.rotation import rotate
+
+    if not (out / MODEL).exists():
+        rotate(EMBEDDED_MODEL, _calibration_blocks(20), out / MODEL, show_progress=True)
+
+
 def _statistics(out: Path) -> "ActivationStatistics":
     from teal.blockwalk import discard_spool
     from teal.calibration import calibrate
-    from teal.checkpoint import EMBEDDED_MODEL
     from teal.statistics import ActivationStatistics
 
     path = out / STATISTICS
     spool = common.spool_directory(path)
 
     def make() -> ActivationStatistics:
-        statistics = calibrate(EMBEDDED_MODEL, _calibration_blocks(40), spool=spool, show_progress=True)
+        statistics = calibrate(out / MODEL, _calibration_blocks(40), spool=spool, show_progress=True)
         statistics.save(path)
         discard_spool(spool)
         return statistics
@@ -124,20 +137,18 @@ def _statistics(out: Path) -> "ActivationStatistics":
 def _plans(out: Path, statistics: "ActivationStatistics") -> dict[str, "SparsityPlan"]:
     from teal.allocation import allocate
     from teal.blockwalk import discard_spool
-    from teal.blockwise_allocation import GreedyConfig
-    from teal.checkpoint import EMBEDDED_MODEL
-    from teal.plan import SparsityPlan
+    from teal.plan import SparsityPlan, level_grid
 
-    path = out / BLOCKWISE
+    path = out / GLOBAL
     spool = common.spool_directory(path)
 
-    def greedy() -> SparsityPlan:
+    def measured() -> SparsityPlan:
         plan = allocate(
             statistics,
-            "blockwise",
-            model=EMBEDDED_MODEL,
-            tokens=_calibration_blocks(2),
-            greedy=GreedyConfig(step=0.01),
+            "global",
+            levels=level_grid(TO),
+            model=out / MODEL,
+            tokens=_calibration_blocks(8),
             spool=spool,
             show_progress=True,
         )
@@ -145,9 +156,9 @@ def _plans(out: Path, statistics: "ActivationStatistics") -> dict[str, "Sparsity
         discard_spool(spool)
         return plan
 
-    uniform = allocate(statistics, "uniform")
+    uniform = allocate(statistics, "uniform", levels=level_grid(TO))
     uniform.save(out / UNIFORM)
-    return {"uniform": uniform, "blockwise": _kept(path, SparsityPlan.load, greedy)}
+    return {"uniform": uniform, "global": _kept(path, SparsityPlan.load, measured)}
 
 
 def _quality(out: Path, plans: dict[str, "SparsityPlan"]) -> "Evaluation":
@@ -159,7 +170,7 @@ def _quality(out: Path, plans: dict[str, "SparsityPlan"]) -> "Evaluation":
 
     def make() -> Evaluation:
         sequences = token_blocks([EVALUATION_TEXT], load_tokenizer(EMBEDDED_MODEL), length=512, count=32)
-        model = common.load_model(EMBEDDED_MODEL)
+        model = common.load_model(out / MODEL)
         quality = measure(model, sequences, plans, common.DEFAULT_LEVELS, show_progress=True)
         write_json(out / EVALUATION, quality.to_json())
         return quality

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=common.DTYPES, default="auto", help="store the weights as (default: as they were)"
     )
-    parser.add_argument("--device", default="cpu", help="where weights are multiplied: cpu, cuda, ... (default: cpu)")
+    common.add_device(parser)
     common.add_json(parser)
 
 
