@@ -15,7 +15,7 @@ from teal.ops.triton_gemv import INTERPRETED
 
 jit: Any = triton.jit  # its types know no launches
 WARPS = 1
-CHANNELS = 1024  # that a program multiplies at a time
+CHANNELS = 512  # that a program multiplies at a time
 
 
 def output_sparse_gemv(x: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
