@@ -5,7 +5,6 @@ import torch
 
 from teal.ops import cuda_weight
 from teal.ops.cuda_weight import CudaWeight
-from teal.ops.packed import ChannelMajorWeight
 
 
 @pytest.mark.parametrize("outputs", [16, 24, 8])
