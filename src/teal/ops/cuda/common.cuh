@@ -163,14 +163,16 @@ __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) 
 struct Threshold {
     const float* value;
     bool each;
+    float first;
+    __device__ __forceinline__ Threshold(const float* value, bool each) : value(value), each(each), first(value[0]) {}
     // Whether everything is kept, known without looking at x.
-    __device__ __forceinline__ bool keeps_all() const { return !each && !(value[0] >= 0.f); }
+    __device__ __forceinline__ bool keeps_all() const { return !each && !(first >= 0.f); }
     __device__ __forceinline__ static u32 least_kept(float threshold) {
         return threshold >= 0.f ? bits_above(threshold) : 0;
     }
     // The least magnitudes to keep of channels `from` to from + 3.
     __device__ __forceinline__ uint2 bounds(int from) const {
-        const u32 least = 0x00010001u * least_kept(value[0]);
+        const u32 least = 0x00010001u * least_kept(first);
         if (!each) return make_uint2(least, least);
         const float* t = value + from;
         return make_uint2(least_kept(t[0]) | least_kept(t[1]) << 16, least_kept(t[2]) | least_kept(t[3]) << 16);
@@ -281,10 +283,13 @@ struct Stream {
             start(started, channel, channel < channels);
         }
     }
-    // Starts reading for this thread's first `count` entries of the list.
-    __device__ __forceinline__ void start_listed(int count, const u32* list) {
+    // Starts reading for this thread's first COUNT entries of the list.
+    template <int COUNT>
+    __device__ __forceinline__ void start_listed(const u32* list) {
         if (!tile.active) return;
-        for (; started < count; started++) start(started, list[tile.first + started * Tile::STRIDE] >> 16, true);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) start(i, list[tile.first + i * Tile::STRIDE] >> 16, true);
+        started = COUNT;
     }
     // sums[8] += weights times x over this thread's entries of the list.
     __device__ __forceinline__ void run(float (&sums)[8], const u32* list, int count) {
@@ -326,11 +331,12 @@ struct List {
         } else if (EARLY > 0) {
             nibbles = list_early(x, X::channel(0) < K ? nibble_of(kept_of(x.pairs[0], bounds[0])) : 0);
             __syncwarp();
-            stream.start_listed(EARLY, entries);
+            stream.template start_listed<EARLY>(entries);
         }
 #pragma unroll
         for (int v = 0; v < X::VECTORS; v++)
-            if (X::channel(v) < K && (v > 0 || all || EARLY == 0)) nibbles |= nibble_of(kept_of(x.pairs[v], bounds[v])) << (4 * v);
+            if (X::channel(v) < K && (v > 0 || all || EARLY == 0))
+                nibbles |= nibble_of(kept_of(x.pairs[v], bounds[v])) << (4 * v);
         if (all)
 #pragma unroll
             for (int v = 0; v < X::VECTORS; v++)
@@ -361,10 +367,9 @@ struct List {
         const int before = __popc(lanes & ((1u << lane) - 1)), most = EARLY * Tile::ROWS;
         if (lane >= __popc(lanes) && lane < most) entries[place(lane)] = 0;
         if (nibble == 0 || before >= most) return nibble;
-        const u32 lowest = nibble & (0 - nibble);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (lowest >> i & 1) put(place(before), x, 0, i);
+        const u32 lowest = nibble & (0 - nibble), i = (lowest >> 1) - (lowest >> 3);
+        const u32 pair = i < 2 ? x.pairs[0].x : x.pairs[0].y;
+        entries[place(before)] = (X::channel(0) + i) << 16 | (i % 2 ? high(pair) : low(pair));
         return nibble ^ lowest;
     }
 };

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     const Projection& p = arguments.projections[which];
     const int outputs = p.outputs;
     const OneTile at(smaller(TILE_WIDTH, outputs / 8 - tile * TILE_WIDTH));
-    const Threshold threshold{p.threshold, p.threshold_each != 0};
+    const Threshold threshold(p.threshold, p.threshold_each != 0);
     const bool all = threshold.keeps_all();
     const u16* corner = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
     Stream<OneTile> stream(shared.slots, (const char*)corner, 2 * outputs, at);

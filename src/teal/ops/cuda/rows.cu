@@ -148,7 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited below
 
     await_previous_kernel();
-    const int steps = list_union(arguments, {arguments.threshold, arguments.threshold_each != 0}, first, shared);
+    const Threshold threshold(arguments.threshold, arguments.threshold_each != 0);
+    const int steps = list_union(arguments, threshold, first, shared);
     if (HEAD < DEPTH * SET_WARPS * STEP)  // few channels: the head is not as long as it could be
         for (int i = 0; i < DEPTH; i++) {
             const int step = own + i * SET_WARPS;
