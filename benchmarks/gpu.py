@@ -1,6 +1,6 @@
 """Measure the GPU kernels and the decode step beside their peers, in one run, interleaved, checked.
 
-    python benchmarks/gpu.py bandwidth kernels rows prefill
+    python benchmarks/gpu.py bandwidth kernels rows prefill triton
     python benchmarks/gpu.py kernels --published CHECKOUT_OF_FasterDecoding/TEAL
     python benchmarks/gpu.py llama-2-7b --gpt-fast CHECKOUT_OF_gpt-fast --json llama-2-7b.json
     python benchmarks/gpu.py llama-3-8b --gpt-fast CHECKOUT_OF_gpt-fast
@@ -64,7 +64,7 @@ STEPS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["bandwidth", "kernels", "rows", "prefill", *MODELS])
+    parser.add_argument("parts", nargs="+", choices=["bandwidth", "kernels", "rows", "prefill", "triton", *MODELS])
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of the published implementation")
     parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="checkout of gpt-fast")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of a model (default: 5)")
@@ -86,6 +86,8 @@ def main() -> None:
             results[part] = measure_rows(bandwidth)
         elif part == "prefill":
             results[part] = measure_prefill()
+        elif part == "triton":
+            results[part] = measure_triton(bandwidth)
         elif part != "bandwidth":
             results[part] = measure_model(part, bandwidth, arguments.gpt_fast, arguments.rounds)
     if arguments.json:
@@ -289,6 +291,47 @@ def measure_prefill() -> dict[str, Any]:
             ratio = statistics.median(ours) / statistics.median(theirs)
             print(
                 f"{name + f' {n} x {k}':<40}{tokens:>8}{spread(theirs):>22}{spread(ours):>22}{ratio:>8.2f}x", flush=True
+            )
+    return table
+
+
+# ---- Triton -------------------------------------------------------------------------------------------------------
+
+
+def measure_triton(bandwidth: float) -> dict[str, Any]:
+    """Each shape, bfloat16: cuBLAS, Triton's product of kept inputs at every level, and that of picked outputs."""
+    from teal.ops.triton_gemv import triton_gemv
+    from teal.ops.triton_outputs import output_sparse_gemv
+
+    table: dict[str, Any] = {}
+    print(f"\n{'N x K, Triton':<40}{'level':>12}{'cuBLAS us':>22}{'ours us':>22}{'speed-up':>9}{'of floor':>9}", end="")
+    print(f"{'error':>9}")
+    for name, (n, k) in KERNELS.items():
+        weights = copies_of(n, k)
+        row_major = [weight.t().contiguous() for weight in weights]
+        x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+        cublas = times([lambda x=x, w=w: F.linear(x, w) for w in row_major])
+        table[name] = {"N": n, "K": k, "cuBLAS": cublas, "inputs": {}, "outputs": {}}
+        for level, of in [*((level, "inputs") for level in LEVELS), (0.5, "outputs")]:
+            if of == "inputs":
+                threshold = x.float().abs().quantile(level) if level else torch.tensor(-1.0, device="cuda")
+                kept = float((x.float().abs() > threshold).float().mean())
+                calls = [lambda x=x, w=w, t=threshold: triton_gemv(x, w, t) for w in weights]
+                want = reference.sparse_gemv(x.float(), row_major[-1].float(), threshold)
+            else:
+                keep = torch.rand(n, device="cuda") < 1 - level
+                kept = float(keep.float().mean())
+                calls = [lambda x=x, w=w, keep=keep: output_sparse_gemv(x[0], w, keep) for w in row_major]
+                want = reference.output_sparse_gemv(x[0].float(), row_major[-1].float(), keep)
+            error = relative_error(calls[-1](), want)
+            check(f"{name}, Triton", level, error, torch.bfloat16)
+            ours = times(calls)
+            table[name][of][level] = {"us": ours, "error": error, "sparsity": 1 - kept}
+            print(
+                f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(ours):>22}"
+                f"{statistics.median(cublas) / statistics.median(ours):>8.2f}x"
+                f"{kept * 2 * n * k / bandwidth * 1e6 / statistics.median(ours):>9.0%}{error:>9.1e}",
+                flush=True,
             )
     return table
 

@@ -289,6 +289,13 @@ T __shfl_up_sync(uint32_t mask, T value, int step) {
     const int lane = threadIdx.x % 32;
     return emulator::shuffle(mask, value, lane >= step ? lane - step : lane);
 }
+static inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
+    if (mask != 0xffffffffu) emulator::fail("a vote of a part of a warp");
+    emulator::Values& votes = emulator::exchange<1>({vote});
+    uint32_t lanes = 0;
+    for (int i = 0; i < 32; i++) lanes |= votes[i][0] << i;
+    return lanes;
+}
 static inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 static inline float __uint_as_float(uint32_t v) {
     float f;

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import decode_logits, generate, random_plan, random_tokens, save_tiny, tiny_model, tiny_plan
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, StaticCache
 
 import teal
-from teal.checkpoint import Checkpoint
+from teal.checkpoint import EMBEDDED_MODEL, Checkpoint
+from teal.data import EVALUATION_TEXT
 from teal.errors import TealError
 from teal.linear import SparseLinear, sparse_layers
 from teal.plan import SparsityPlan
@@ -253,6 +254,46 @@ class TestGenerate:
         tokens = generate(model, IDS, 6, cache_implementation="static", compile_config=compiled)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > captured
         assert torch.equal(tokens, eager)
+
+
+def forced_logits(model: torch.nn.Module, ids: torch.Tensor, prompt: int = 16) -> torch.Tensor:
+    """Of every token after the prompt, decoded one by one over a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    logits = []
+    with torch.no_grad():
+        model(ids[:, :prompt], past_key_values=cache, cache_position=torch.arange(prompt, device=ids.device))
+        for at in range(prompt, ids.shape[1]):
+            position = torch.tensor([at], device=ids.device)
+            output = model(input_ids=ids[:, at : at + 1], past_key_values=cache, cache_position=position)
+            logits.append(output.logits[0, -1].float().clone())
+    return torch.stack(logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_compiled_in_bfloat16_is_as_near_to_float32_as_eager(device: str) -> None:
+    """The compiler rounds elsewhere, so tokens may part, the more so where masks flip; neither side is the better."""
+    text = EVALUATION_TEXT.read_text(encoding="utf-8")[:4000]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(EMBEDDED_MODEL)(text)["input_ids"][:96]], device=device)
+    exact, model = (
+        AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=dtype).to(device).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    plan = teal.allocate(teal.calibrate(exact, ids), "uniform")
+    for level in (None, 0.5):
+        if level is not None:
+            for of in (exact, model):
+                sparsify(of, plan, level)
+        want, eager = forced_logits(exact, ids), forced_logits(model, ids)
+        torch._dynamo.reset()
+        interpreted = model.forward
+        model.forward = torch.compile(interpreted, fullgraph=True)
+        compiled = forced_logits(model, ids)
+        model.forward = interpreted
+        errors = [((got - want).norm(dim=-1) / want.norm(dim=-1)).median() for got in (eager, compiled)]
+        assert errors[1] <= 1.25 * errors[0]
 
 
 @pytest.mark.parametrize(

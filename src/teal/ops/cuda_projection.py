@@ -22,7 +22,6 @@ class Tuning:
     cluster: int
     threads: int = 512
     depth: int = 8
-    ahead: int = 0
 
 
 class _Projection(ctypes.Structure):
@@ -124,7 +123,7 @@ def multiprocessors() -> int:
 def _tuning_macros(tuning: Tuning, dtype: torch.dtype) -> dict[str, object]:
     return {
         "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
-        "CLUSTER": tuning.cluster, "AHEAD": tuning.ahead, "TILE_WIDTH": tuning.width,
+        "CLUSTER": tuning.cluster, "TILE_WIDTH": tuning.width,
     }  # fmt: skip
 
 
@@ -136,7 +135,8 @@ def blocks_of(outputs: Sequence[int], tuning: Tuning) -> int:
 def shared_bytes(channels: int, tuning: Tuning) -> int:
     """Size of `Shared` in projection.cu."""
     sums = 4 * (8 * tuning.width + tuning.cluster)
-    return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * channels // tuning.cluster + 64
+    entries = channels // tuning.cluster + tuning.threads // 2
+    return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * entries + 64
 
 
 def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, largest_cluster: int = 2) -> Tuning:

@@ -34,6 +34,16 @@ def sparse_gemv(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | Non
     return torch.stack(rows).to(x.dtype) if rows else empty
 
 
+def output_sparse_gemv(x: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """y_n = (W x)_n where output n is kept, else 0: what methods compute that mask outputs (CATS, arXiv 2404.08763).
+
+    x [K], weight [N, K], keep [N] of booleans -> y [N] in x's dtype, accumulated in float32.
+    """
+    y = torch.zeros(weight.shape[0], device=x.device)
+    y[keep] = weight[keep].float() @ x.float()
+    return y.to(x.dtype)
+
+
 def first_sparse_token(tokens: int, dense_tokens: int) -> int:
     """Position of the first sparse token among `tokens`; `tokens` if all are dense (see sparse_linear)."""
     if dense_tokens < 0:

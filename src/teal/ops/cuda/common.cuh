@@ -163,15 +163,31 @@ __host__ __device__ constexpr int divided_up(int a, int b) { return (a + b - 1) 
 struct Threshold {
     const float* value;
     bool each;
+    float first;
+    __device__ __forceinline__ Threshold(const float* value, bool each) : value(value), each(each), first(value[0]) {}
     // Whether everything is kept, known without looking at x.
-    __device__ __forceinline__ bool keeps_all() const { return !each && !(value[0] >= 0.f); }
+    __device__ __forceinline__ bool keeps_all() const { return !each && !(first >= 0.f); }
     __device__ __forceinline__ static u32 least_kept(float threshold) {
         return threshold >= 0.f ? bits_above(threshold) : 0;
+    }
+    // The least magnitudes to keep of channels `from` to from + 3.
+    __device__ __forceinline__ uint2 bounds(int from) const {
+        const u32 least = 0x00010001u * least_kept(first);
+        if (!each) return make_uint2(least, least);
+        const float* t = value + from;
+        return make_uint2(least_kept(t[0]) | least_kept(t[1]) << 16, least_kept(t[2]) | least_kept(t[3]) << 16);
     }
 };
 // For two 16-bit numbers and two least magnitudes to keep (at most 0x8000): 1 in bits 0 and 16 where kept.
 __device__ __forceinline__ u32 kept_of(u32 numbers, u32 least) {
     return ((((numbers & 0x7fff7fffu) | 0x80008000u) - least) >> 15) & 0x00010001u;
+}
+__device__ __forceinline__ uint2 kept_of(uint2 numbers, uint2 least) {
+    return make_uint2(kept_of(numbers.x, least.x), kept_of(numbers.y, least.y));
+}
+// As the bits of one number, the first the lowest.
+__device__ __forceinline__ u32 nibble_of(uint2 kept) {
+    return (kept.x | kept.x >> 15 | kept.y << 2 | kept.y >> 13) & 15;
 }
 
 // The 16-bit inputs that a thread holds of K channels: VECTORS of 4 channels, vector v from
@@ -224,47 +240,6 @@ struct Scan {
     }
 };
 
-// Lists the kept ones of K channels and returns the length: entry = channel << 16 | bits of x. The entries below `head`
-// are those channels in order, dropped ones with x = 0, for weights that are read before x is known; then come the kept
-// ones from there on, in an order that depends on K and THREADS only. `first` is channel 0's place among the
-// thresholds; scratch [WARPS].
-template <int K>
-__device__ __forceinline__ int list_kept(const Inputs<K>& x, Threshold threshold, int first, int head, u32* list,
-                                         u32* scratch) {
-    u32 nibbles = 0;  // of this thread's vectors: which channels go behind the head
-    const u32 least = 0x00010001u * Threshold::least_kept(threshold.value[0]);
-#pragma unroll
-    for (int v = 0; v < Inputs<K>::VECTORS; v++) {
-        const int channel = Inputs<K>::channel(v);
-        if (channel >= K) continue;
-        uint2 bounds = make_uint2(least, least);
-        if (threshold.each) {
-            const float* t = threshold.value + first + channel;
-            bounds.x = Threshold::least_kept(t[0]) | Threshold::least_kept(t[1]) << 16;
-            bounds.y = Threshold::least_kept(t[2]) | Threshold::least_kept(t[3]) << 16;
-        }
-        const u32 one = kept_of(x.pairs[v].x, bounds.x), two = kept_of(x.pairs[v].y, bounds.y);
-        u32 nibble = (one | one >> 15 | two << 2 | two >> 13) & 15;
-        if (channel < head)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (channel + i < head) {
-                    list[channel + i] = (u32)(channel + i) << 16 | (nibble >> i & 1 ? x.get(v, i) : 0);
-                    nibble &= ~(1u << i);
-                }
-        nibbles |= nibble << (4 * v);
-    }
-    const Scan scan(__popc(nibbles), scratch);
-    u32* next = list + head + scan.before;
-#pragma unroll
-    for (int v = 0; v < Inputs<K>::VECTORS; v++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (nibbles >> (4 * v + i) & 1) *next++ = (u32)(Inputs<K>::channel(v) + i) << 16 | x.get(v, i);
-    __syncthreads();
-    return head + (int)scan.total;
-}
-
 // A tile of WIDTH chunks and what a thread does for it: a chunk of the columns, and every STRIDE-th entry of the list,
 // from `first` on.
 template <int WIDTH>
@@ -289,27 +264,37 @@ struct Stream {
     const char* column;
     u32 row_bytes;
     const Tile& tile;
-    int ahead;
+    int started = 0;  // copies, at most DEPTH
 
-    // Starts reading the weights of `ahead` (at most DEPTH) channels before x is known.
-    __device__ __forceinline__ Stream(uint4* all_slots, const char* column, u32 row_bytes, const Tile& tile, int ahead,
-                                      int channels)
-        : slots(all_slots + threadIdx.x), column(column), row_bytes(row_bytes), tile(tile), ahead(ahead) {
-        if (!tile.active) return;
-        for (int i = 0; i < ahead; i++) {
-            const int channel = tile.first + i * Tile::STRIDE;
-            if (channel < channels) start_copy(slots + i * THREADS, column + (u64)(u32)channel * row_bytes);
-            end_group();
-        }
+    __device__ __forceinline__ Stream(uint4* all_slots, const char* column, u32 row_bytes, const Tile& tile)
+        : slots(all_slots + threadIdx.x), column(column), row_bytes(row_bytes), tile(tile) {}
+    __device__ __forceinline__ void start(int slot, u32 channel, bool exists) {
+        if (exists) start_copy(slots + slot * THREADS, column + (u64)channel * row_bytes);
+        end_group();
     }
     __device__ __forceinline__ void start(int slot, const u32* list, int entry, int count) {
-        if (entry < count) start_copy(slots + slot * THREADS, column + (u64)(list[entry] >> 16) * row_bytes);
-        end_group();
+        start(slot, entry < count ? list[entry] >> 16 : 0, entry < count);
+    }
+    // Starts reading for entries that will be the first channels, in order.
+    __device__ __forceinline__ void start_all(int channels) {
+        if (!tile.active) return;
+        for (; started < DEPTH; started++) {
+            const int channel = tile.first + started * Tile::STRIDE;
+            start(started, channel, channel < channels);
+        }
+    }
+    // Starts reading for this thread's first COUNT entries of the list.
+    template <int COUNT>
+    __device__ __forceinline__ void start_listed(const u32* list) {
+        if (!tile.active) return;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) start(i, list[tile.first + i * Tile::STRIDE] >> 16, true);
+        started = COUNT;
     }
     // sums[8] += weights times x over this thread's entries of the list.
     __device__ __forceinline__ void run(float (&sums)[8], const u32* list, int count) {
         if (!tile.active) return;
-        for (int i = ahead; i < DEPTH; i++) start(i, list, tile.first + i * Tile::STRIDE, count);
+        for (int i = started; i < DEPTH; i++) start(i, list, tile.first + i * Tile::STRIDE, count);
         for (int entry = tile.first; entry < count;)
 #pragma unroll
             for (int i = 0; i < DEPTH; i++, entry += Tile::STRIDE) {
@@ -321,9 +306,77 @@ struct Stream {
     }
 };
 
+// The kept ones of K channels: entry = channel << 16 | bits of x, in an order that depends on x, K and THREADS only.
+//
+// If all are kept, those whose weights are on their way already come first, in order. Else each warp first lists some of
+// its own (EARLY for each of its rows of the tile, at most one of a thread; channel 0 times zero where it keeps fewer)
+// and starts reading their weights, while the block counts the others.
+template <class Tile, int K>
+struct List {
+    static constexpr int MOST_EARLY = 16;  // entries of a warp
+    static constexpr int EARLY = MOST_EARLY / Tile::ROWS < DEPTH ? MOST_EARLY / Tile::ROWS : DEPTH;
+    static constexpr int LENGTH = K + EARLY * Tile::STRIDE;
+    using X = Inputs<K>;
+    u32* entries;  // [LENGTH]
+    int count;
+
+    // bounds [X::VECTORS]: the least magnitudes to keep; scratch [WARPS] must not be in use.
+    __device__ __forceinline__ List(const X& x, const uint2 (&bounds)[X::VECTORS], bool all, Stream<Tile>& stream,
+                                    u32* entries, u32* scratch)
+        : entries(entries) {
+        u32 nibbles = 0;  // of this thread's vectors: which channels are yet to be listed
+        int head = EARLY * Tile::STRIDE;
+        if (all) {
+            head = smaller(K, DEPTH * Tile::STRIDE);
+        } else if (EARLY > 0) {
+            nibbles = list_early(x, X::channel(0) < K ? nibble_of(kept_of(x.pairs[0], bounds[0])) : 0);
+            __syncwarp();
+            stream.template start_listed<EARLY>(entries);
+        }
+#pragma unroll
+        for (int v = 0; v < X::VECTORS; v++)
+            if (X::channel(v) < K && (v > 0 || all || EARLY == 0))
+                nibbles |= nibble_of(kept_of(x.pairs[v], bounds[v])) << (4 * v);
+        if (all)
+#pragma unroll
+            for (int v = 0; v < X::VECTORS; v++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (X::channel(v) + i < head) {
+                        put(X::channel(v) + i, x, v, i);
+                        nibbles &= ~(1u << (4 * v + i));
+                    }
+        const Scan scan(__popc(nibbles), scratch);
+        int next = head + (int)scan.before;
+#pragma unroll
+        for (int v = 0; v < X::VECTORS; v++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (nibbles >> (4 * v + i) & 1) put(next++, x, v, i);
+        __syncthreads();
+        count = head + (int)scan.total;
+    }
+    __device__ __forceinline__ void put(int place, const X& x, int v, int i) {
+        entries[place] = (u32)(X::channel(v) + i) << 16 | x.get(v, i);
+    }
+    // Given the kept ones of vector 0, returns those that are not listed.
+    __device__ __forceinline__ u32 list_early(const X& x, u32 nibble) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const auto place = [&](int n) { return n / Tile::ROWS * Tile::STRIDE + warp * Tile::ROWS + n % Tile::ROWS; };
+        const u32 lanes = __ballot_sync(ALL, nibble != 0);
+        const int before = __popc(lanes & ((1u << lane) - 1)), most = EARLY * Tile::ROWS;
+        if (lane >= __popc(lanes) && lane < most) entries[place(lane)] = 0;
+        if (nibble == 0 || before >= most) return nibble;
+        const u32 lowest = nibble & (0 - nibble), i = (lowest >> 1) - (lowest >> 3);
+        const u32 pair = i < 2 ? x.pairs[0].x : x.pairs[0].y;
+        entries[place(before)] = (X::channel(0) + i) << 16 | (i % 2 ? high(pair) : low(pair));
+        return nibble ^ lowest;
+    }
+};
+
 // Adds up a tile over rows of a warp, warps and blocks of the cluster. Each block finishes SHARE of the columns: thread
-// t < SHARE gets the sum of column `column`. The slots are scratch; blocks of a cluster must have arrived at its barrier
-// once before (cluster_arrive), so that each may write into the other's memory.
+// t < SHARE gets the sum of column rank * SHARE + t. The slots are scratch; blocks of a cluster must have arrived at its
+// barrier once before (cluster_arrive), so that each may write into the other's memory.
 template <class Tile>
 struct Total {
     static constexpr int COLUMNS = Tile::COLUMNS, SHARE = divided_up(COLUMNS, CLUSTER);
@@ -332,13 +385,10 @@ struct Total {
     struct Received {
         float sums[CLUSTER][SHARE];  // by the block they come from
     };
-    float sum;
-    int column;
-    bool mine;
+    float sum = 0.f;
 
     __device__ __forceinline__ Total(float (&partial)[8], const Tile& tile, uint4* all_slots, Received& received,
-                                     int rank)
-        : sum(0.f) {
+                                     int rank) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -360,21 +410,18 @@ struct Total {
 #pragma unroll
             for (int w = 0; w < WARPS; w++) of_block += wide[w * COLUMNS + c];
             float* to = &received.sums[rank][c % SHARE];
-            if (c / SHARE == rank)
+            if (CLUSTER == 1)
+                sum = of_block;
+            else if (c / SHARE == rank)
                 *to = of_block;
             else
                 send(to, c / SHARE, of_block);
         }
-        if (CLUSTER > 1) {
-            cluster_arrive();
-            cluster_wait();
-        } else {
-            __syncthreads();
-        }
-        column = rank * SHARE + (int)threadIdx.x;
-        mine = (int)threadIdx.x < SHARE && column < COLUMNS;
-        if (!mine) return;
+        if (CLUSTER == 1) return;
+        cluster_arrive();
+        cluster_wait();
+        if ((int)threadIdx.x < SHARE)
 #pragma unroll
-        for (int block = 0; block < CLUSTER; block++) sum += received.sums[block][threadIdx.x];
+            for (int block = 0; block < CLUSTER; block++) sum += received.sums[block][threadIdx.x];
     }
 };

@@ -1,8 +1,7 @@
 // Projections of one token: y = W where(|x| > threshold, x, 0) + bias, a cluster of blocks per tile of columns (see
 // common.cuh), with what stands before and after it in a decoder: norm or silu(gate) * up, and the residual.
 //
-// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile), INPUT (0 plain, 1 normalized, 2 gated), AHEAD (weights a thread
-// reads before it knows whether they are needed, at most DEPTH), and those of common.cuh.
+// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile), INPUT (0 plain, 1 normalized, 2 gated), and those of common.cuh.
 
 // Weight [K, outputs], threshold [] or [K], biases [outputs] or null, y [outputs].
 struct Projection {
@@ -29,13 +28,14 @@ enum { PLAIN, NORMALIZED, GATED };
 constexpr int PART = CHANNELS / CLUSTER;
 using PartInputs = Inputs<PART>;
 using OneTile = Tile<TILE_WIDTH>;
+using PartList = List<OneTile, PART>;
 
 struct Shared {
     alignas(16) uint4 slots[DEPTH * THREADS];
     Total<OneTile>::Received received;
     float squares[WARPS];
     u32 counts[WARPS];
-    alignas(16) u32 list[PART];
+    alignas(16) u32 list[PartList::LENGTH];
 };
 
 // x / rms(x) * norm, rounded where models round, of the part `rank` of x.
@@ -94,16 +94,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     const Projection& p = arguments.projections[which];
     const int outputs = p.outputs;
     const OneTile at(smaller(TILE_WIDTH, outputs / 8 - tile * TILE_WIDTH));
-    const Threshold threshold{p.threshold, p.threshold_each != 0};
-    const int ahead = threshold.keeps_all() ? DEPTH : AHEAD;
-    const u16* column = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
-    Stream<OneTile> stream(shared.slots, (const char*)column, 2 * outputs, at, ahead, PART);
+    const Threshold threshold(p.threshold, p.threshold_each != 0);
+    const bool all = threshold.keeps_all();
+    const u16* corner = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
+    Stream<OneTile> stream(shared.slots, (const char*)corner, 2 * outputs, at);
+    if (all) stream.start_all(PART);
     if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited in Total
     if (blockIdx.x == 0)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             for (int at = 128 * threadIdx.x; at < arguments.next_bytes[i]; at += 128 * THREADS)
                 prefetch_l2(arguments.next[i] + at);
+    uint2 bounds[PartInputs::VECTORS];
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++)
+        if (PartInputs::channel(v) < PART) bounds[v] = threshold.bounds(first + PartInputs::channel(v));
+    const int own = rank * Total<OneTile>::SHARE + (int)threadIdx.x, column = tile * OneTile::COLUMNS + own;
+    const bool finishes = (int)threadIdx.x < Total<OneTile>::SHARE && own < OneTile::COLUMNS && column < outputs;
+    const u16 bias = finishes && p.bias ? p.bias[column] : 0;
+    const u16 sparse_bias = finishes && p.sparse_bias ? p.sparse_bias[column] : 0;
 
     PartInputs x;
     if constexpr (INPUT == NORMALIZED) {
@@ -114,15 +123,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
         await_previous_kernel();
         x.read(arguments.x + first);
     }
-    const int count = list_kept(x, threshold, first, smaller(PART, ahead * OneTile::STRIDE), shared.list, shared.counts);
+    const PartList list(x, bounds, all, stream, shared.list, shared.counts);
+    const u16 residual = finishes && arguments.residual ? arguments.residual[column] : 0;
     float sums[8] = {};
-    stream.run(sums, shared.list, count);
+    stream.run(sums, list.entries, list.count);
     const Total<OneTile> total(sums, at, shared.slots, shared.received, rank);
-    const int c = tile * OneTile::COLUMNS + total.column;
-    if (!total.mine || c >= outputs) return;
-    float value = total.sum;
-    if (p.bias) value += to_float(p.bias[c]);
-    if (p.sparse_bias) value += to_float(p.sparse_bias[c]);
-    if (arguments.residual) value = to_float(arguments.residual[c]) + rounded(value);
-    p.y[c] = to_bits(value);
+    if (!finishes) return;
+    const float value = total.sum + to_float(bias) + to_float(sparse_bias);
+    p.y[column] = to_bits(arguments.residual ? to_float(residual) + rounded(value) : value);
 }

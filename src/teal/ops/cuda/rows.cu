@@ -49,26 +49,20 @@ struct Rows {
     // Sets what the threshold drops to zero, and returns the channels that any row keeps: 4 bits for each vector.
     __device__ __forceinline__ u32 drop(Threshold threshold, int first, int rows) {
         u32 nibbles = 0;
-        const u32 least = 0x00010001u * Threshold::least_kept(threshold.value[0]);
 #pragma unroll
         for (int v = 0; v < PartInputs::VECTORS; v++) {
             const int channel = PartInputs::channel(v);
             if (channel >= PART) continue;
-            uint2 bounds = make_uint2(least, least);
-            if (threshold.each) {
-                const float* t = threshold.value + first + channel;
-                bounds.x = Threshold::least_kept(t[0]) | Threshold::least_kept(t[1]) << 16;
-                bounds.y = Threshold::least_kept(t[2]) | Threshold::least_kept(t[3]) << 16;
-            }
-            u32 any_one = 0, any_two = 0;
+            const uint2 bounds = threshold.bounds(first + channel);
+            uint2 any = make_uint2(0, 0);
 #pragma unroll
             for (int row = 0; row < ROWS; row++) {
                 uint2& pair = x[row].pairs[v];
-                const u32 one = row < rows ? kept_of(pair.x, bounds.x) : 0, two = row < rows ? kept_of(pair.y, bounds.y) : 0;
-                pair.x &= one * 0xffffu, pair.y &= two * 0xffffu;
-                any_one |= one, any_two |= two;
+                const uint2 kept = row < rows ? kept_of(pair, bounds) : make_uint2(0, 0);
+                pair.x &= kept.x * 0xffffu, pair.y &= kept.y * 0xffffu;
+                any.x |= kept.x, any.y |= kept.y;
             }
-            nibbles |= ((any_one | any_one >> 15 | any_two << 2 | any_two >> 13) & 15) << (4 * v);
+            nibbles |= nibble_of(any) << (4 * v);
         }
         return nibbles;
     }
@@ -154,7 +148,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited below
 
     await_previous_kernel();
-    const int steps = list_union(arguments, {arguments.threshold, arguments.threshold_each != 0}, first, shared);
+    const Threshold threshold(arguments.threshold, arguments.threshold_each != 0);
+    const int steps = list_union(arguments, threshold, first, shared);
     if (HEAD < DEPTH * SET_WARPS * STEP)  // few channels: the head is not as long as it could be
         for (int i = 0; i < DEPTH; i++) {
             const int step = own + i * SET_WARPS;
