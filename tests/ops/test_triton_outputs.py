@@ -25,11 +25,14 @@ def test_equals_the_reference_and_reads_no_dropped_row(device: str, data: st.Dat
     dtype = data.draw(st.sampled_from(triton_gemv.DTYPES), label="dtype")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed"))
     special = data.draw(st.integers(3, len(INPUTS)), label="kinds of inputs")
-    x = torch.tensor(INPUTS)[torch.randint(special, (k,), generator=generator)].to(device, dtype)
-    keep = (torch.rand(n, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]), label="kept")).to(device)
+    kinds = torch.randint(special, (k,), generator=generator, device="cpu")
+    x = torch.tensor(INPUTS, device="cpu")[kinds].to(device, dtype)
+    keep = (
+        torch.rand(n, generator=generator, device="cpu") < data.draw(st.sampled_from([0.0, 0.5, 1.0]), label="kept")
+    ).to(device)
     surrounded = torch.full((n + 2, k), float("nan"), device=device, dtype=dtype)
     weight = surrounded[1:-1]
-    weight[keep] = torch.randint(-4, 5, (int(keep.sum()), k), generator=generator).to(device, dtype)
+    weight[keep] = torch.randint(-4, 5, (int(keep.sum()), k), generator=generator, device="cpu").to(device, dtype)
     got = triton_outputs.output_sparse_gemv(x, weight, keep)
     torch.testing.assert_close(got, reference.output_sparse_gemv(x, weight, keep), rtol=0, atol=0, equal_nan=True)
     assert not got[~keep].any()
