@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import byte_tokenizer, random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
@@ -17,6 +18,7 @@ from teal.calibration import calibrate
 from teal.errors import TealError
 from teal.evaluation import evaluate, texts_to_json
 from teal.report_page import Artifacts, write_report, write_samples
+from teal.sensitivity import DROP_ALL
 from teal.structure import identify
 from teal.task_evaluation import evaluate_tasks
 from teal.tasks import CHOICE, Item, Task
@@ -79,6 +81,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics = calibrate(tiny_model(), random_tokens(4, 32))
     replace(statistics, details={"text": [EVIL]}).save(out / "statistics.safetensors")
     plan.save(out / "uniform.json")
+    random_plan(plan.identity, vectors=True).save(out / "channels.json")
     result = evaluate(tiny_model(), random_tokens(3, 20), {"uniform": plan, EVIL: plan}, (0.25, 0.5, 0.7))
     write_json(out / "evaluation.json", replace(result, details={"text": [EVIL]}).to_json())
     write_json(out / "texts.json", texts_to_json({"wiki": result, EVIL: result}))
@@ -136,7 +139,7 @@ def test_ids_are_unique_and_links_lead_to_them(page: Page) -> None:
 def test_it_can_be_read_without_seeing_it(page: Page) -> None:
     assert page.all("html")[0]["lang"] == "en"
     pictures = [index for index, (tag, _) in enumerate(page.elements) if tag == "svg"]
-    assert len(pictures) == 11  # quality 2, texts, tuning, heat map, distributions 4, speed 2
+    assert len(pictures) == 13  # quality 2, texts, tuning, heat maps 2, channels, distributions 4, speed 2
     for index in pictures:
         assert page.elements[index][1]["role"] == "img"
         assert [tag for tag, _ in page.elements[index + 1 : index + 3]] == ["title", "desc"]
@@ -167,7 +170,19 @@ def test_every_number_is_there(directory: Path, page: Page) -> None:
     ):
         assert expected[1] in tables
     files = [row[0] for row in page.tables[-1][1:]]
-    assert sorted(files) == sorted(path.name for path in directory.iterdir() if path.name != "config.json")
+    beside = ("config.json", "channels.vectors.safetensors")  # not ours; part of channels.json
+    assert sorted(files) == sorted(path.name for path in directory.iterdir() if path.name not in beside)
+
+
+def test_thresholds_of_channels(text: str) -> None:
+    assert set(re.findall(r"Thresholds of channels by projection at level [\d.]+, (\w+)", text)) == {"channels"}
+
+
+def test_channels_always_and_never_read() -> None:
+    thresholds = torch.tensor([-1.0, 0.0, 0.5, 1.0, 1.5, DROP_ALL / 4])
+    (row,) = report.channel_table({"q_proj": thresholds})[1]
+    assert row == ["q_proj", "6", "33.3", "16.7", "0.55", "1", "1.45"]
+    assert report.channel_table({"q_proj": thresholds[:1]})[1] == [["q_proj", "1", "100.0", "0.0", "", "", ""]]
 
 
 def test_the_same_files_give_the_same_page(directory: Path, text: str, tmp_path: Path) -> None:

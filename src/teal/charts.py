@@ -8,7 +8,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -118,6 +118,24 @@ def heat_map(
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
     return _svg(draw, min(7.0, 1.0 + 0.24 * max(6, len(rows))), title, description)
+
+
+def spreads(values: Mapping[str, Sequence[float]], y_label: str, *, title: str, description: str) -> str:
+    """For each name the median, the middle half and nine tenths of positive values, on a logarithmic axis."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        line = {"color": SERIES[0], "linewidth": 1.2}
+        axes.boxplot(
+            list(values.values()), whis=(5, 95), showfliers=False, tick_labels=[_short(name) for name in values],
+            boxprops=line, whiskerprops=line, capprops=line, medianprops={"color": SERIES[1], "linewidth": 1.6},
+        )  # fmt: skip
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_ylabel(y_label)
+
+    return _svg(draw, 3.0, title, description)
 
 
 def distribution(entries: Sequence[InputStatistics], levels: Sequence[float], *, title: str, description: str) -> str:

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
@@ -10,6 +13,7 @@ from teal.task_evaluation import Figure, TaskEvaluation
 from teal.tasks import ANSWER
 from teal.tuning import PairedLoss, Tuning
 
+NEVER_READ = 1e30  # a threshold that no |x| exceeds, also between such a one and another
 Table = tuple[list[str], list[list[str]]]  # columns and rows
 
 
@@ -163,6 +167,30 @@ def plan_table(plan: SparsityPlan, level: float) -> Table:
         for index, block in enumerate(settings)
     ]
     return ["block", *(name.rpartition(".")[2] for name in names)], rows
+
+
+def channel_thresholds(plan: SparsityPlan, level: float) -> dict[str, Tensor]:
+    """The thresholds of every projection at one level, of the channels of all blocks together; empty if a plan has one
+    threshold for all channels of a projection.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for block in plan.settings(level):
+        for name, setting in block.items():
+            if isinstance(setting.threshold, Tensor) and setting.threshold.ndim:
+                found.setdefault(name.rpartition(".")[2], []).append(setting.threshold)
+    return {name: torch.cat(thresholds) for name, thresholds in found.items()}
+
+
+def channel_table(thresholds: dict[str, Tensor]) -> Table:
+    """What `channel_thresholds` gave in numbers: channels that are always or never read, and the spread of the rest."""
+    rows = []
+    for name, values in thresholds.items():
+        always, never = values <= 0, values >= NEVER_READ
+        between = values[~always & ~never]
+        spread = between.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist() if len(between) else []
+        shares = [f"{100 * float(mask.float().mean()):.1f}" for mask in (always, never)]
+        rows.append([name, str(len(values)), *shares, *([f"{value:.3g}" for value in spread] or ["", "", ""])])
+    return ["projection", "channels", "always read %", "never read %", "lowest 5 %", "median", "highest 5 %"], rows
 
 
 def threshold_table(statistics: ActivationStatistics, levels: Sequence[float]) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from teal import benchmark, charts, evaluation, plan, report, statistics, task_evaluation, tuning
 from teal.artifacts import check_header, check_keys, read_json, write_atomically, write_json
@@ -448,8 +449,30 @@ def _sparsity(artifacts: Artifacts, figures: _Figures, asked: float | None) -> s
                 )
             )
             table = _table(report.plan_table(chosen, level), f"Sparsity at level {level:g}, {name}")
+            if thresholds := report.channel_thresholds(chosen, level):
+                drawn.append(
+                    figures(
+                        _channel_thresholds(thresholds, level, name),
+                        f"{called} at level {level:g}: "
+                        "thresholds on |x| of channels that are sometimes read. Half of them lie in a box, nine tenths "
+                        "between its ends.",
+                    )
+                )
+                table += _table(report.channel_table(thresholds), f"Thresholds of channels at level {level:g}, {name}")
             tables.append(_folded(f"{name} in numbers", table))
     return _grid(drawn) + "".join(tables) if drawn else ""
+
+
+def _channel_thresholds(thresholds: dict[str, Tensor], level: float, name: str) -> str:
+    finite = {
+        at: [value for value in values.tolist() if 0 < value < report.NEVER_READ] for at, values in thresholds.items()
+    }
+    return charts.spreads(
+        finite,
+        "threshold",
+        title=f"Thresholds of channels by projection at level {level:g}, {name}",
+        description=f"{sum(map(len, thresholds.values()))} channels of all blocks.",
+    )
 
 
 def _activations(artifacts: Artifacts, figures: _Figures) -> str:
