@@ -176,6 +176,10 @@ def test_bad_input(tmp_path: Path) -> None:
     save_file({**weights, name: weights[name].to(torch.float8_e4m3fn)}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(TealError, match=f"{name} is stored as float8_e4m3fn; quantized weights cannot be rotated"):
         rotate(model, TOKENS, tmp_path / "rotated")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(TealError, match="is quantized, or was saved sparse"):
+        rotate(model, TOKENS, tmp_path / "rotated")
     assert not (tmp_path / "rotated").exists()
 
 

@@ -82,6 +82,11 @@ def rotate(
             f"model type {structure.model_type!r} cannot be rotated: not known to have nothing but RMSNorms and "
             f"projections on its hidden states; {', '.join(ROTATABLE)} are"
         )
+    if read_json(directory / "config.json").get("quantization_config"):
+        raise TealError(
+            f"{directory} is quantized, or was saved sparse (quantization_config in its config.json); rotate the model "
+            "that it was made of"
+        )
     checkpoint = Checkpoint(directory)
     source = open_blocks(directory if device == "cpu" else load_model(directory, device=device))
     job = {
