@@ -549,6 +549,45 @@ class TestTune:
         arguments = ["elsewhere/text.txt" if argument == "held.txt" else argument for argument in READS_MODEL["tune"]]
         assert "a text called text.txt, too" in teal(*arguments).err
 
+    def test_accuracy_of_tasks(self, teal: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("teal.benchmark.READ_BYTES", 1 << 16)
+        for name in ("some", "more"):
+            Path(f"{name}.jsonl").write_text(ITEMS * 5)
+        arguments = ["tune", "model", "--metric", "accuracy", "--task", "some.jsonl", "more.jsonl", "--shots", "1"]
+        outcome = teal(*arguments, "--limit", "20", "--max-loss", "30%", "--bench", "--json", "-")
+        assert outcome.code == 0, outcome.err
+        result = json.loads(outcome.out)
+        assert result["budget"] == {"metric": "accuracy", "text": "30 points", "limit": 0.3}
+        assert [(task["name"], task["items"], task["shots"]) for task in result["details"]["tasks"]] == [
+            ("some", 20, 1), ("more", 20, 1),
+        ]  # fmt: skip
+        assert result["confirmation"]["format"] == "teal.tasks"
+        assert result["level"] > 0
+        assert result["speed"]["speeds"][1]["level"] == result["level"]
+        assert "(allowed: 30 points), measured on 20 items that played no part in the search" in outcome.err
+        assert "accuracy there: some " in teal("inspect", "teal-model/tuned/tuning.json").out
+        assert teal("report", "teal-model").code == 0
+        page = Path("teal-model/report.html").read_text(encoding="utf-8")
+        assert "some (20 items, multiple choice), more (20 items, multiple choice); 20 items to search" in page
+        assert "Task by task, on the items that confirm" in page
+        outcome = teal(*arguments, "--max-loss", "1points", "--overwrite")
+        assert "dense is the answer: too few items to tell; even if none of 28 were lost" in outcome.out
+        assert teal("report", "teal-model", "--overwrite").code == 0
+
+    def test_tasks_that_cannot_be(self, refuses: Callable[..., Outcome]) -> None:
+        task, accuracy = ("--task", "items.jsonl"), ("tune", "model", "--metric", "accuracy", "--output", "new")
+        for arguments, says in (
+            (["--max-loss", "1%"], "--metric accuracy is measured on tasks; name their files with --task"),
+            ([*task, "--max-loss", "1nats"], "accuracy is in percentage points, not in nats"),
+            ([*task, "--max-loss", "1%", "--text", "held.txt"], "--text is for text; leave it out with --task"),
+            ([*task, "--max-loss", "1%", "--tokens", "9"], "--tokens is for text; leave it out with --task"),
+            ([*task, "--max-loss", "1%"], "6 items are too few to search on one half and confirm on the other"),
+            (["--task", "no.jsonl", "--max-loss", "1%"], "no.jsonl does not exist"),
+        ):
+            refuses(*accuracy, *arguments, says=says, code=2)
+        refuses("tune", "model", *task, "--max-loss", "1%", says="--task goes with --metric accuracy", code=2)
+        refuses("tune", "model", "--limit", 3, "--max-loss", "1%", says="--limit is for --task", code=2)
+
     def test_what_cannot_be(self, refuses: Callable[..., Outcome], teal: Callable[..., Outcome]) -> None:
         arguments = READS_MODEL["tune"]
         refuses(*arguments, "--max-loss", "2", says="a number with its unit, such as 2% or 0.02nats", code=2)

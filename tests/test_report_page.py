@@ -90,6 +90,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(out / "tasks.json", asked.to_json())
     tuned = tune(tiny_model(), random_tokens(16, 20), plan, "0.02nats", metric="kl")
     write_json(out / "tuning.json", replace(tuned, notes=[EVIL]).to_json())
+    many = replace(items, items=items.items * 10)
+    of_tasks = tune(tiny_model(), [many], plan, "50%", metric="accuracy", tokenizer=byte_tokenizer())
+    write_json(out / "accuracy.json", of_tasks.to_json())
     speeds = [LevelSpeed(s, s, 100 + s, 90, 110, 1 + s, 1, 2, 17_700_000, 17_700_000, 0.09) for s in (0.0, 0.25, 0.5)]
     write_json(out / "bench.json", Benchmark(speeds, 24.2e9, DETAILS).to_json())
     write_samples(out / "samples.json", [{"level": 0.5, "prompt": "The city", "text": EVIL}], "one draw")
@@ -139,7 +142,7 @@ def test_ids_are_unique_and_links_lead_to_them(page: Page) -> None:
 def test_it_can_be_read_without_seeing_it(page: Page) -> None:
     assert page.all("html")[0]["lang"] == "en"
     pictures = [index for index, (tag, _) in enumerate(page.elements) if tag == "svg"]
-    assert len(pictures) == 13  # quality 2, texts, tuning, heat maps 2, channels, distributions 4, speed 2
+    assert len(pictures) == 14  # quality 2, texts, tuning 2, heat maps 2, channels, distributions 4, speed 2
     for index in pictures:
         assert page.elements[index][1]["role"] == "img"
         assert [tag for tag, _ in page.elements[index + 1 : index + 3]] == ["title", "desc"]
@@ -229,6 +232,13 @@ def test_values_that_are_none(directory: Path, tmp_path: Path, name: str, edit: 
     with pytest.raises(TealError, match=f"{name} is damaged"):
         write_report(tmp_path, tmp_path / "page.html", "damaged")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_tuning_on_tasks(page: Page) -> None:
+    said = "".join(page.text)
+    assert "accuracy lost: at most 50 points" in said
+    assert "40 items, multiple choice); 20 items to search, 20 to confirm" in said
+    assert any(table[0][-1] == "items" for table in page.tables)
 
 
 def test_little_to_show(tmp_path: Path) -> None:

@@ -7,14 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_plan, random_tokens, tiny_model, tiny_plan
+from helpers import byte_tokenizer, random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
 from teal.evaluation import Evaluation, evaluate, mean_and_error
+from teal.held_out import HeldOutText
+from teal.loss_budget import LossBudget, Trial
+from teal.paired_loss import LEAST, student_quantile
 from teal.structure import identify
-from teal.tuning import CONFIDENCE, LEAST_SEQUENCES, LossBudget, PairedLoss, Trial, Tuning, student_quantile, tune
+from teal.task_evaluation import TaskEvaluation, evaluate_tasks
+from teal.tasks import ANSWER, CHOICE, Item, Task
+from teal.tuning import Tuning, tune
 
 SEQUENCES = 24
 
@@ -41,6 +46,9 @@ def found(model: Any, tokens: torch.Tensor) -> Tuning:
         (" 2.5 % ", "perplexity", math.log(1.025)),
         ("0.02nats", "perplexity", 0.02),
         (".02 nats", "kl", 0.02),
+        ("1%", "accuracy", 0.01),
+        ("1points", "accuracy", 0.01),
+        ("2.5 points", "accuracy", 0.025),
     ],
 )
 def test_budget(text: str, metric: str, limit: float) -> None:
@@ -57,7 +65,11 @@ def test_budget(text: str, metric: str, limit: float) -> None:
         ("nan%", "perplexity", "a number with its unit"),
         ("0%", "perplexity", "must be above 0"),
         ("2%", "kl", "say 0.02nats"),
-        ("2%", "accuracy", "choose from perplexity, kl"),
+        ("2%", "taste", "choose from perplexity, kl, accuracy"),
+        ("0.02nats", "accuracy", "accuracy is in percentage points, not in nats"),
+        ("100%", "accuracy", "allow fewer than 100"),
+        ("1points", "perplexity", "points are of accuracy; perplexity is bounded in % or nats"),
+        ("1points", "kl", "points are of accuracy; kl is bounded in nats"),
     ],
 )
 def test_a_budget_that_is_none(text: str, metric: str, says: str) -> None:
@@ -68,31 +80,8 @@ def test_a_budget_that_is_none(text: str, metric: str, says: str) -> None:
 def test_losses_are_shown_in_the_unit_of_the_budget() -> None:
     assert LossBudget.parse("2%").show(math.log(1.0163)) == "+1.63 %"
     assert LossBudget.parse("0.02nats", "kl").show(0.0163) == "0.0163 nats"
-
-
-@pytest.mark.parametrize(
-    ("confidence", "degrees", "value"),  # tables of Student's t
-    [(0.95, 7, 1.8946), (0.95, 30, 1.6973), (0.999, 7, 4.7853), (0.999, 30, 3.3852), (0.001, 30, -3.3852)],
-)
-def test_student_quantile(confidence: float, degrees: int, value: float) -> None:
-    assert student_quantile(confidence, degrees) == pytest.approx(value, rel=0.01)
-
-
-def test_losses_add_up() -> None:
-    values = torch.randn(13, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    together = PairedLoss(*mean_and_error(values), 13)
-    pieces = [PairedLoss(*mean_and_error(part), len(part)) for part in (values[:8], values[8:12], values[12:])]
-    assert vars(pieces[0] + pieces[1] + pieces[2]) == pytest.approx(vars(together))
-
-
-def test_sequences_needed_would_suffice() -> None:
-    loss = PairedLoss(0.018, 0.004, 16)
-    assert loss.bound(CONFIDENCE) > 0.02
-    needed = loss.sequences_needed(0.02)
-    assert needed is not None
-    error = loss.error * math.sqrt(16 / needed)
-    assert PairedLoss(0.018, error, needed).bound(CONFIDENCE) == pytest.approx(0.02, rel=0.02)
-    assert PairedLoss(0.021, 0.004, 16).sequences_needed(0.02) is None
+    assert LossBudget.parse("1%", "accuracy").show(0.0163) == "+1.63 points"
+    assert LossBudget.parse("1%", "accuracy").text == "1 point"
 
 
 def test_the_claim_is_measured_on_the_other_half(model: Any, tokens: torch.Tensor, found: Tuning) -> None:
@@ -141,7 +130,7 @@ def test_dense_is_the_answer(model: Any, tokens: torch.Tensor) -> None:
 
 def test_too_little_text_to_tell_is_said(model: Any, tokens: torch.Tensor) -> None:
     """Random targets: the mean of the increase is near zero, its spread is not."""
-    result = tune(model, tokens[: 2 * LEAST_SEQUENCES], tiny_plan(tiny_model()), "0.0001nats")
+    result = tune(model, tokens[: 2 * LEAST], tiny_plan(tiny_model()), "0.0001nats")
     needed = [note for note in result.notes if "too little text to tell" in note]
     wide = [t for t in result.trials if not t.fits and t.loss < result.budget.limit]
     assert bool(needed) == bool(wide)
@@ -174,32 +163,33 @@ def test_a_plan_with_vectors(model: Any, tokens: torch.Tensor) -> None:
     assert result.bound <= 2
 
 
+def trials(found: Tuning, losses: dict[float, tuple[float, float]]) -> list[Trial]:
+    """What confirming these levels, each with its loss and error, would give."""
+    assert isinstance(found.confirmation, Evaluation)
+    first = found.confirmation.measurements[0]
+    measured = [replace(first, level=level, kl=kl, kl_error=error) for level, (kl, error) in losses.items()]
+    return found.budget.trials(replace(found.confirmation, measurements=measured))
+
+
 def test_rising_through_the_candidates_stops_at_the_first_that_does_not_fit(found: Tuning) -> None:
     from teal.tuning import _highest_confirmed
 
-    assert found.confirmation is not None
-    first = found.confirmation.measurements[0]
     losses = {0.1: 0.001, 0.2: 0.002, 0.3: 0.2, 0.4: 0.003}
-    measured = [replace(first, level=level, kl=kl, kl_error=0.0001) for level, kl in losses.items()]
-    chosen = _highest_confirmed(replace(found.confirmation, measurements=measured), found.budget)
+    measured = trials(found, {level: (kl, 0.0001) for level, kl in losses.items()})
+    chosen = _highest_confirmed(measured)
     assert chosen is not None
     assert chosen.level == 0.2
-    assert _highest_confirmed(replace(found.confirmation, measurements=measured[2:]), found.budget) is None
+    assert _highest_confirmed(measured[2:]) is None
 
 
-def test_stepping_down_is_said(found: Tuning) -> None:
+def test_stepping_down_is_said(model: Any, tokens: torch.Tensor, found: Tuning) -> None:
     from teal.tuning import _notes
 
     class Searched:
         budget, trials = found.budget, [Trial("uniform", 0.4, 0.4, 0.01, 0.001, 12, True)]
+        on = HeldOutText(model, tokens, {})
 
-    assert found.confirmation is not None
-    first = found.confirmation.measurements[0]
-    measured = [
-        replace(first, level=0.3, kl=0.01, kl_error=0.0001),
-        replace(first, level=0.4, kl=0.019, kl_error=0.002),
-    ]
-    notes = _notes(Searched, replace(found.confirmation, measurements=measured), 0.3, 20)  # pyright: ignore[reportArgumentType]
+    notes = _notes(Searched, trials(found, {0.3: (0.01, 0.0001), 0.4: (0.019, 0.002)}), 0.3)  # pyright: ignore[reportArgumentType]
     assert "level 0.4, which the search found, is not confirmed" in notes[0]
     assert "stepped down to 0.3" in notes[0]
     assert "tokens would be needed" in notes[1]
@@ -212,7 +202,7 @@ def test_text_that_the_plan_was_made_on_is_refused(model: Any, tokens: torch.Ten
         tune(model, TokenBlocks(tokens, ("text",), 0), made_on, "2%")
 
 
-@pytest.mark.parametrize("sequences", [1, 2 * LEAST_SEQUENCES - 1])
+@pytest.mark.parametrize("sequences", [1, 2 * LEAST - 1])
 def test_too_few_sequences(model: Any, tokens: torch.Tensor, sequences: int) -> None:
     with pytest.raises(UsageError, match=f"{sequences} sequences are too few"):
         tune(model, tokens[:sequences], tiny_plan(tiny_model()), "2%")
@@ -232,6 +222,30 @@ def test_json(found: Tuning) -> None:
         Tuning.from_json({**payload, "more": 1}, "here")
     with pytest.raises(TealError, match="here is damaged"):
         Tuning.from_json({**payload, "trials": [{"plan": "x"}]}, "here")
+    accuracy = payload["budget"] | {"metric": "accuracy"}
+    with pytest.raises(TealError, match=r"here, its confirmation has format 'teal\.evaluation'"):
+        Tuning.from_json({**payload, "budget": accuracy}, "here")
+
+
+def test_a_result_of_a_time_without_tasks(found: Tuning) -> None:
+    assert isinstance(found.confirmation, Evaluation)
+    payload = {
+        "format": "teal.tuning", "version": 1, "budget": {"metric": "kl", "text": "0.02nats", "limit": 0.02},
+        "plan": "uniform", "level": 0.14, "sparsity": 0.15, "loss": 0.0135, "loss_error": 0.0024, "bound": 0.0179,
+        "dense_bytes": 100, "sparse_bytes": 90, "notes": ["a note"],
+        "trials": [
+            {"plan": "uniform", "level": 0.14, "sparsity": 0.15, "loss": 0.01, "loss_error": 0.001, "sequences": 8,
+             "fits": True},
+        ],
+        "confirmation": found.confirmation.to_json(), "tokens_evaluated": 4000, "seconds": 1.5,
+        "details": {"tokens_sha256": "0", "search_sequences": 12, "confirmation_sequences": 12, "sequence_length": 20},
+        "speed": None, "confidence": 0.95,
+    }  # fmt: skip
+    old = Tuning.from_json(payload, "here")
+    assert old.to_json() == payload
+    assert "measured on 12 sequences" in report.tuning_summary(old)[0]
+    assert len(report.tuning_table(old)[1]) == 1 + len(found.confirmation.measurements)
+    assert report.tuning_parts(old) == "12 sequences to search, 12 to confirm, of 20 tokens"
 
 
 def test_summary(found: Tuning) -> None:
@@ -240,7 +254,111 @@ def test_summary(found: Tuning) -> None:
     assert f"with 95 % confidence at most {found.bound:.4f} nats (allowed: 0.02nats)" in lines[0]
     assert f"measured on {SEQUENCES // 2} sequences that played no part in the search" in lines[0]
     columns, rows = report.tuning_table(found)
-    assert found.confirmation is not None
+    assert isinstance(found.confirmation, Evaluation)
     assert len(rows) == len(found.trials) + len(found.confirmation.measurements)
     assert all(len(row) == len(columns) for row in rows)
     assert [row[6] == "yes" for row in rows[: len(found.trials)]] == [trial.fits for trial in found.trials]
+
+
+WORDS = ("fox", "dog", "lazy", "brown", "quick", "over", "jumps")
+
+
+def choices(name: str, items: int, seed: int = 0) -> Task:
+    """Items about nothing, of which the tiny model finds some right."""
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(len(WORDS), (items, 4), generator=generator).tolist()
+    made = tuple(
+        Item(((f"The {WORDS[a]} {WORDS[b]}", f" {WORDS[c]}"), (f"The {WORDS[a]} {WORDS[b]}", f" {WORDS[d]}s")), a % 2)
+        for a, b, c, d in picked
+    )
+    return Task(name, CHOICE, made)
+
+
+def tune_tasks(*tasks: Task, allowed: str = "20%", **options: Any) -> Tuning:
+    return tune(
+        tiny_model(), tasks, tiny_plan(tiny_model()), allowed, metric="accuracy", tokenizer=byte_tokenizer(), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def of_tasks() -> Tuning:
+    return tune_tasks(choices("few", 31), choices("many", 90, seed=1))
+
+
+class TestTasks:
+    def test_the_claim_is_measured_on_the_other_items(self, of_tasks: Tuning) -> None:
+        tasks = [choices("few", 31), choices("many", 90, seed=1)]
+        others = [replace(task, items=task.items[1::2]) for task in tasks]
+        assert of_tasks.level > 0
+        again = evaluate_tasks(tiny_model(), byte_tokenizer(), others, tiny_plan(tiny_model()), [of_tasks.level])
+        lost = [
+            dense - sparse
+            for task in again.tasks
+            for dense, sparse in zip(task.dense.correct, task.runs[0].correct, strict=True)
+        ]
+        assert len(lost) == 15 + 45
+        assert of_tasks.loss == pytest.approx(sum(lost) / 60)
+        assert of_tasks.loss_error == pytest.approx(mean_and_error(lost)[1])
+        few, many = (task.runs[0].sparsity for task in again.tasks)
+        assert of_tasks.sparsity == pytest.approx((15 * few + 45 * many) / 60, abs=1e-3)
+        assert of_tasks.loss < of_tasks.bound <= of_tasks.budget.limit == 0.2
+        assert of_tasks.details["tasks"][0] == {"name": "few", "kind": CHOICE, "items": 31, "shots": 0}
+        assert (of_tasks.details["search_items"], of_tasks.details["confirmation_items"]) == (61, 60)
+        assert of_tasks.tokens_evaluated > 0
+
+    def test_a_part_of_the_search_holds_every_task(self) -> None:
+        from teal.held_out import HeldOutTasks
+
+        on = HeldOutTasks(None, byte_tokenizer(), [choices("few", 20), choices("many", 100)], {})  # pyright: ignore[reportArgumentType]
+        assert [sum(number == 0 for number, _ in on.search[:part]) for part in (12, 24, 60)] == [2, 4, 10]
+        assert on.amount(30) == "60 items"
+        asked = [item for half in (on.search, on.confirmation) for _, item in half]
+        assert len(asked) == len({id(item) for item in asked}) == 120
+
+    def test_exact_answers(self) -> None:
+        items = tuple(Item(((f"Question: 2 + {n}?\nAnswer:", f" {2 + n}"),)) for n in range(40))
+        result = tune_tasks(Task("sums", ANSWER, items), allowed="30points", max_new_tokens=3)
+        assert (result.level, result.loss) == (0.75, 0), "the tiny model is never right"
+        assert result.bound == pytest.approx(1 - 0.05 ** (1 / 20)), "and 20 items do not tell that it never would be"
+
+    def test_few_items_are_no_proof(self) -> None:
+        """Ten items of which none changes leave a loss of 26 points possible."""
+        result = tune_tasks(choices("few", 20))
+        assert (result.level, result.trials, result.confirmation) == (0, [], None)
+        assert "even if none of 10 were lost, the loss could be +25.89 points; at least 28 items" in result.notes[0]
+        assert report.tuning_summary(result) == result.notes
+
+    def test_too_few_items_to_tell_is_said(self) -> None:
+        result = tune_tasks(choices("some", 120, seed=1), allowed="7%")
+        assert any("too few items to tell; about" in note and "items would be needed" in note for note in result.notes)
+
+    def test_too_few_items(self) -> None:
+        with pytest.raises(UsageError, match="15 items are too few to search on one half and confirm on the other"):
+            tune_tasks(choices("few", 15))
+
+    def test_what_does_not_go_together(self, model: Any, tokens: torch.Tensor) -> None:
+        plan, task = tiny_plan(tiny_model()), choices("some", 20)
+        with pytest.raises(UsageError, match="accuracy is measured on tasks"):
+            tune(model, tokens, plan, "1%", metric="accuracy")
+        with pytest.raises(UsageError, match="perplexity is measured on text"):
+            tune(model, [task], plan, "1%")
+        with pytest.raises(UsageError, match="tasks need the model's tokenizer"):
+            tune(model, [task], plan, "1%", metric="accuracy")
+
+    def test_json(self, of_tasks: Tuning) -> None:
+        payload = json.loads(json.dumps(of_tasks.to_json(), allow_nan=False))
+        again = Tuning.from_json(payload, "here")
+        assert again.to_json() == of_tasks.to_json()
+        assert isinstance(again.confirmation, TaskEvaluation)
+
+    def test_summary(self, of_tasks: Tuning) -> None:
+        lines = report.tuning_summary(of_tasks)
+        assert f"accuracy lost {100 * of_tasks.loss:+.2f} points, with 95 % confidence at most" in lines[0]
+        assert "(allowed: 20 points), measured on 60 items that played no part in the search" in lines[0]
+        assert lines[2].startswith("accuracy there: few ")
+        columns, rows = report.tuning_table(of_tasks)
+        assert columns[-1] == "items"
+        assert all(len(row) == len(columns) for row in rows)
+        assert rows[-1][0] == "confirm"
+        parts = "few (31 items, multiple choice), many (90 items, multiple choice); 61 items to search, 60 to confirm"
+        assert report.tuning_parts(of_tasks) == parts

@@ -9,9 +9,9 @@ from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
 from teal.plan import SparsityPlan
 from teal.statistics import ActivationStatistics
-from teal.task_evaluation import Figure, TaskEvaluation
+from teal.task_evaluation import Figure, TaskEvaluation, TaskResult, TaskRun
 from teal.tasks import ANSWER
-from teal.tuning import PairedLoss, Tuning
+from teal.tuning import Trial, Tuning
 
 NEVER_READ = 1e30  # a threshold that no |x| exceeds, also between such a one and another
 Table = tuple[list[str], list[list[str]]]  # columns and rows
@@ -229,36 +229,44 @@ def tuning_table(result: Tuning) -> Table:
     """Every level that was tried: on the search part, then on the other."""
     budget = result.budget
 
-    def row(part: str, plan: str, level: float, sparsity: float, loss: PairedLoss) -> list[str]:
-        bound = loss.bound(result.confidence)
+    def row(part: str, trial: Trial) -> list[str]:
+        bound = budget.loss(trial).bound(result.confidence)
         verdict = "yes" if bound <= budget.limit else "no"
-        figures = [budget.show(loss.mean), budget.show(bound), verdict, str(loss.sequences)]
-        return [part, plan, f"{level:g}", f"{sparsity:.4f}", *figures]
+        figures = [budget.show(trial.loss), budget.show(bound), verdict, str(trial.sequences)]
+        return [part, trial.plan, f"{trial.level:g}", f"{trial.sparsity:.4f}", *figures]
 
-    rows = [
-        row("search", t.plan, t.level, t.sparsity, PairedLoss(t.loss, t.loss_error, t.sequences)) for t in result.trials
-    ]
+    rows = [row("search", trial) for trial in result.trials]
     if result.confirmation is not None:
-        for measured in result.confirmation.measurements:
-            loss = budget.loss(result.confirmation, measured)
-            rows.append(row("confirm", measured.plan, measured.level, measured.sparsity, loss))
-    columns = ["part", "plan", "level", "realised", budget.name, "at most", "fits", "sequences"]
+        rows += [row("confirm", trial) for trial in budget.trials(result.confirmation)]
+    columns = ["part", "plan", "level", "realised", budget.name, "at most", "fits", f"{budget.noun}s"]
     return columns, rows
+
+
+def tuning_parts(result: Tuning) -> str:
+    """What served to search, and what to confirm."""
+    details, several = result.details, f"{result.budget.noun}s"
+    said = f"{details[f'search_{several}']} {several} to search, {details[f'confirmation_{several}']} to confirm"
+    if "tasks" not in details:
+        return f"{said}, of {details['sequence_length']} tokens"
+    tasks = ", ".join(f"{task['name']} ({count(task['items'], 'item')}, {task['kind']})" for task in details["tasks"])
+    return f"{tasks}; {said}"
 
 
 def tuning_summary(result: Tuning) -> list[str]:
     """What was found and is claimed, what it saves, and what it cost to find."""
-    budget, sequences = result.budget, result.details["confirmation_sequences"]
+    budget = result.budget
     lines = []
     if result.level:
         lines = [
             f"{result.plan} at level {result.level:g}: {budget.name} {budget.show(result.loss)}, with "
             f"{100 * result.confidence:g} % confidence at most {budget.show(result.bound)} (allowed: {budget.text}), "
-            f"measured on {count(sequences, 'sequence')} that played no part in the search",
+            f"measured on {count(result.details[f'confirmation_{budget.noun}s'], budget.noun)} that played no part in "
+            "the search",
             f"realised sparsity {result.sparsity:.4f}; weights read per token, LM head included: "
             f"{result.dense_bytes / 1e6:.1f} MB dense, {result.sparse_bytes / 1e6:.1f} MB sparse "
             f"({100 * result.sparse_bytes / result.dense_bytes:.0f} %)",
         ]
+        lines += _accuracies(result)
     if result.speed is not None and len(result.speed.speeds) > 1:
         dense, sparse = result.speed.speeds[:2]
         lines.append(
@@ -266,4 +274,17 @@ def tuning_summary(result: Tuning) -> list[str]:
             f"{sparse.speedup:.2f} times ({sparse.speedup_slowest:.2f} to {sparse.speedup_fastest:.2f})"
         )
     cost = f"{result.tokens_evaluated} tokens run in {result.seconds:.0f} s, {count(len(result.trials), 'level')} tried"
-    return [*lines, *result.notes, cost]
+    return [*lines, *result.notes, *([cost] if result.trials else [])]
+
+
+def _accuracies(result: Tuning) -> list[str]:
+    """Of each task, dense and at the level found, on the items that confirm it."""
+    if not isinstance(result.confirmation, TaskEvaluation):
+        return []
+    found = [(task, run) for task in result.confirmation.tasks for run in task.runs if run.level == result.level]
+    said = (f"{task.name} {_percent(task, task.dense)} dense, {_percent(task, run)} sparse" for task, run in found)
+    return [f"accuracy there: {'; '.join(said)}"]
+
+
+def _percent(task: TaskResult, run: TaskRun) -> str:
+    return f"{100 * task.accuracy(run).value:.1f} %"

@@ -22,7 +22,7 @@ from teal.sparse_model import SETTINGS_FILE, default_level
 from teal.statistics import ActivationStatistics
 from teal.structure import ModelIdentity
 from teal.task_evaluation import TaskEvaluation
-from teal.tuning import PairedLoss, Tuning
+from teal.tuning import Tuning
 
 SAMPLES_FORMAT = "teal.samples"
 SAMPLES_VERSION = 1
@@ -253,7 +253,7 @@ def _facts(artifacts: Artifacts) -> str:
                 bound = found.budget.show(found.bound)
                 facts.append(("Tuned", f"{100 * found.sparsity:.0f} % sparse", f"at most {bound} {found.budget.name}"))
             else:
-                facts.append(("Tuned", "dense", f"no level loses at most {found.budget.text}"))
+                facts.append(("Tuned", "dense", f"no level is shown to lose at most {found.budget.text}"))
     for artifact in artifacts.evaluations[:1]:
         with _showing(artifact):
             result = artifact.content
@@ -388,27 +388,28 @@ def _tuning(artifacts: Artifacts, figures: _Figures) -> str:
             parts.append(
                 f"<h3>{escape(result.budget.name)}: at most {escape(result.budget.text)} "
                 f"<small>({escape(artifact.name)})</small></h3>{said}"
-                + _grid([figures(*_tuning_chart(result))])
-                + _folded("Every level that was tried", _table(report.tuning_table(result), "Levels tried"))
             )
+            if result.trials:
+                parts.append(_grid([figures(*_tuning_chart(result))]))
+                parts.append(_folded("Every level that was tried", _table(report.tuning_table(result), "Levels tried")))
+            if isinstance(result.confirmation, TaskEvaluation):
+                table = _table(report.tasks_table(result.confirmation), "Accuracy on the items that confirm")
+                parts.append(_folded("Task by task, on the items that confirm", table))
     return "".join(parts)
 
 
 def _tuning_chart(result: Tuning) -> tuple[str, str]:
-    """Losses with their upper bounds, on both parts of the text, and the budget."""
+    """Losses with their upper bounds, on both parts, and the budget."""
     budget = result.budget
     tried = {
-        f"search, {name}": [
-            (t.level, PairedLoss(t.loss, t.loss_error, t.sequences)) for t in result.trials if t.plan == name
-        ]
+        f"search, {name}": [trial for trial in result.trials if trial.plan == name]
         for name in dict.fromkeys(trial.plan for trial in result.trials)
     }
     if result.confirmation is not None:
-        confirmed = result.confirmation
-        tried["confirmation"] = [(m.level, budget.loss(confirmed, m)) for m in confirmed.measurements]
+        tried["confirmation"] = budget.trials(result.confirmation)
     near = {
-        name: sorted((level, loss) for level, loss in points if loss.mean <= 3 * budget.limit)
-        for name, points in tried.items()
+        name: sorted((t.level, budget.loss(t)) for t in trials if t.loss <= 3 * budget.limit)
+        for name, trials in tried.items()
     }
     series = [
         charts.Series(
@@ -547,12 +548,13 @@ def _speed_against_quality(
 ) -> tuple[str, str] | None:
     """Speed over the loss measured with the same plan at the same level, where an evaluation lies beside."""
     speeds = {speed.level: speed for speed in result.speeds if speed.level}
-    beside = [artifact.content.confirmation] if isinstance(artifact.content, Tuning) else []
+    own = artifact.content.confirmation if isinstance(artifact.content, Tuning) else None
+    beside = [own] if isinstance(own, Evaluation) else []
     beside += [other.content for other in artifacts.evaluations]
     for found in beside:
         points = [
             (measured, speeds[measured.level])
-            for measured in (found.measurements if found is not None else ())
+            for measured in found.measurements
             if measured.level in speeds and methods.get(measured.plan, measured.plan) == result.details["plan"]
         ]
         if len(points) > 1:
@@ -602,11 +604,8 @@ def _sources(artifacts: Artifacts) -> str:
     ]
     for one in artifacts.tunings:
         with _showing(one):
-            parts = one.content.details
-            halves = f"{parts['search_sequences']} sequences to search, {parts['confirmation_sequences']} to confirm"
-            rows.append(
-                [one.name, "tuning", one.made, f"{_text_of(parts)}; {halves} of {parts['sequence_length']} tokens"]
-            )
+            text = [] if "tasks" in one.content.details else [_text_of(one.content.details)]
+            rows.append([one.name, "tuning", one.made, "; ".join([*text, report.tuning_parts(one.content)])])
     for one in artifacts.benchmarks:
         with _showing(one):
             rows.append([one.name, "benchmark", one.made, report.speed_rule(one.content)[0]])

@@ -1,12 +1,10 @@
 """tune: the plan and level that read the fewest bytes within a loss that the user sets, by measurement."""
 
 import math
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,152 +14,32 @@ from teal.benchmark import Benchmark
 from teal.calibration import DENSE_TOKENS
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
-from teal.evaluation import Evaluation, Measurement, evaluate, make_sparse, mean_and_error
+from teal.evaluation import Evaluation, make_sparse
+from teal.held_out import HeldOut, HeldOutTasks, HeldOutText
 from teal.linear import sparse_layers
+from teal.loss_budget import ACCURACY, LossBudget, Trial
+from teal.paired_loss import CONFIDENCE, LEAST, PairedLoss, share_bound
 from teal.plan import SparsityPlan
 from teal.progress import track
+from teal.task_evaluation import TaskEvaluation
+from teal.tasks import Task
 
 FORMAT = "teal.tuning"
 VERSION = 1
-CONFIDENCE = 0.95  # one-sided, of the bound that is claimed
 RESOLUTION = 0.01  # levels that are tried are multiples of it
-LEAST_SEQUENCES = 8  # in either part; fewer say nothing about their spread
 DECIDED = 0.999  # a probe ends early when the loss is on one side of the budget with this confidence
 STEPS = (0.5, 0.85, 0.93, 0.97, 1.0)  # of the level that the search found: the candidates that are confirmed
-
-
-def _perplexity_loss(result: Evaluation, measured: Measurement) -> tuple[float, float]:
-    return mean_and_error([sparse - dense for sparse, dense in zip(measured.nll, result.dense_nll, strict=True)])
-
-
-def _kl_loss(_: Evaluation, measured: Measurement) -> tuple[float, float]:
-    return measured.kl, measured.kl_error
-
-
-# What a token costs more than in the dense model, in nats, with its standard error over the sequences.
-METRICS: dict[str, Callable[[Evaluation, Measurement], tuple[float, float]]] = {
-    "perplexity": _perplexity_loss,
-    "kl": _kl_loss,
-}
-
-
-@dataclass(frozen=True)
-class LossBudget:
-    """How much a model may lose: at most `limit` nats per token of `metric`, spoken of as `text` says it.
-
-    "perplexity": the increase of the mean loss, log(1 + p / 100) where the text is "p%".
-    "kl": the divergence of the sparse from the dense model's distribution.
-    """
-
-    metric: str
-    text: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str, metric: str = "perplexity") -> "LossBudget":
-        """ "2%" of perplexity, or "0.02nats" of either metric. Raises UsageError for anything else."""
-        if metric not in METRICS:
-            raise UsageError(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}")
-        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%|nats)\s*", text)
-        if found is None:
-            raise UsageError(f"a loss is a number with its unit, such as 2% or 0.02nats, got {text!r}")
-        value, unit = float(found[1]), found[2]
-        if value <= 0:
-            raise UsageError(f"the loss allowed must be above 0, got {text}; without any loss, dense is the answer")
-        if unit == "%" and metric != "perplexity":
-            raise UsageError(f"KL divergence is in nats, not in per cent; say {value / 100:g}nats")
-        limit = math.log1p(value / 100) if unit == "%" else value
-        return cls(metric, f"{value:g}%" if unit == "%" else f"{value:g}nats", limit)
-
-    def loss(self, result: Evaluation, measured: Measurement) -> "PairedLoss":
-        """What `measured`, one of the result's measurements, lost."""
-        return PairedLoss(*METRICS[self.metric](result, measured), len(result.dense_nll))
-
-    @property
-    def unit(self) -> str:
-        return "%" if self.text.endswith("%") else "nats"
-
-    def value(self, nats: float) -> float:
-        """A loss in the budget's unit."""
-        return 100 * math.expm1(min(nats, 600.0)) if self.unit == "%" else nats
-
-    def show(self, nats: float) -> str:
-        """A loss in the budget's unit, for people."""
-        return f"{self.value(nats):+.2f} %" if self.unit == "%" else f"{nats:.4f} nats"
-
-    @property
-    def name(self) -> str:
-        """What is bounded, for people."""
-        if self.metric == "kl":
-            return "KL divergence from dense"
-        return "perplexity over dense" if self.unit == "%" else "loss over dense"
-
-
-@dataclass(frozen=True)
-class PairedLoss:
-    """Nats per token lost to sparsity: `mean` and standard `error` over `sequences` of equal length."""
-
-    mean: float
-    error: float
-    sequences: int
-
-    def __add__(self, other: "PairedLoss") -> "PairedLoss":
-        """Of both texts together, exactly: mean and error hold the sums over sequences and over their squares."""
-        count = self.sequences + other.sequences
-        mean = (self.mean * self.sequences + other.mean * other.sequences) / count
-        squares = sum(
-            part.error**2 * part.sequences * (part.sequences - 1) + part.sequences * (part.mean - mean) ** 2
-            for part in (self, other)
-        )
-        return PairedLoss(mean, math.sqrt(squares / (count * (count - 1))), count)
-
-    def bound(self, confidence: float) -> float:
-        """Largest loss that the sequences leave possible, one-sided (Student's t; below 0.5: the smallest)."""
-        return self.mean + student_quantile(confidence, self.sequences - 1) * self.error
-
-    def sequences_needed(self, limit: float) -> int | None:
-        """Sequences of such spread that would bring the bound below `limit`; None if the mean is not below it."""
-        if self.mean >= limit:
-            return None
-        deviation = self.error * math.sqrt(self.sequences)
-        return math.ceil((NormalDist().inv_cdf(CONFIDENCE) * deviation / (limit - self.mean)) ** 2) + 1
-
-
-def student_quantile(confidence: float, degrees: int) -> float:
-    """The quantile of Student's t (Cornish-Fisher; Abramowitz and Stegun 26.7.5), good to 1 % from 7 degrees on."""
-    z = NormalDist().inv_cdf(confidence)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One plan at one level, measured on the search part, or on as much of it as was needed to decide.
-
-    `loss` and `loss_error` in nats per token, `sparsity` realised, `fits`: whether it is within the budget.
-    """
-
-    plan: str
-    level: float
-    sparsity: float
-    loss: float
-    loss_error: float
-    sequences: int
-    fits: bool
 
 
 @dataclass(frozen=True)
 class Tuning:
     """What `tune` found. Level 0: dense is the answer; `notes` say why, and what else a user should know.
 
-    `sparsity` is realised on the confirmation part, `loss` measured there in nats per token with its standard
-    error; `bound` is what is claimed: with `confidence`, the loss on text like this is at most that.
-    `dense_bytes` and `sparse_bytes` are the weights that one token reads, LM head included.
+    `sparsity` is realised on the confirmation part, `loss` measured there in nats per token, or as a share of items,
+    with its standard error; `bound` is what is claimed: with `confidence`, the loss on text, or on items, like these is
+    at most that. `dense_bytes` and `sparse_bytes` are the weights that one token reads, LM head included.
     `trials` are those of the search, `confirmation` holds the candidates on the other part, None if there was none.
+    `tokens_evaluated` counts what was read, not what was written as an exact answer.
     """
 
     budget: LossBudget
@@ -175,7 +53,7 @@ class Tuning:
     sparse_bytes: int
     notes: list[str]
     trials: list[Trial]
-    confirmation: Evaluation | None
+    confirmation: Evaluation | TaskEvaluation | None
     tokens_evaluated: int
     seconds: float
     details: dict[str, Any] = field(default_factory=dict)
@@ -199,12 +77,14 @@ class Tuning:
         values = {key: value for key, value in payload.items() if key not in ("format", "version")}
         confirmation, speed = values["confirmation"], values["speed"]
         try:
+            budget = LossBudget(**values["budget"])
+            read = TaskEvaluation.from_json if budget.metric == ACCURACY else Evaluation.from_json
             return cls(
                 **values
                 | {
-                    "budget": LossBudget(**values["budget"]),
+                    "budget": budget,
                     "trials": [Trial(**trial) for trial in values["trials"]],
-                    "confirmation": confirmation and Evaluation.from_json(confirmation, f"{where}, its confirmation"),
+                    "confirmation": confirmation and read(confirmation, f"{where}, its confirmation"),
                     "speed": speed and Benchmark.from_json(speed, f"{where}, its speed"),
                 }
             )
@@ -214,67 +94,88 @@ class Tuning:
 
 def tune(
     model: nn.Module,
-    tokens: Tensor | TokenBlocks,
+    held_out: Tensor | TokenBlocks | Sequence[Task],
     plans: SparsityPlan | Mapping[str, SparsityPlan],
     max_loss: str | LossBudget,
     *,
     metric: str = "perplexity",
+    tokenizer: Any = None,
     dense_tokens: int = DENSE_TOKENS,
-    batch: int = 1,
+    max_new_tokens: int = 256,
+    batch: int | None = None,
     quantization: str | None = None,
     strict: bool = False,
     show_progress: bool = False,
 ) -> Tuning:
     """Find the plan and level that read the fewest bytes and lose at most `max_loss` ("2%", "0.02nats").
 
-    `tokens` [B, L] are held-out text. On its first half each plan's level is searched by bisection, in pairs with
-    the dense model, sequence by sequence. On the other half a few levels up to the best one are measured; rising
-    through them, the last whose upper confidence bound is within the budget is the answer. (Tests in an order fixed
-    before need no correction for their number.) Text that served here is spent: a test of the result needs another.
-    The rule of sparse tokens, `model` and the other options are those of `evaluate`.
+    `held_out` are tokens [B, L] of a text, or, for the metric "accuracy", tasks, with the model's `tokenizer`; "1%" is
+    one percentage point then, over all items together. On one half (of each task every other item) each plan's level is
+    searched by bisection, in pairs with the dense model. On the other half a few levels up to the best one are
+    measured; rising through them, the last whose upper confidence bound is within the budget is the answer. (Tests in
+    an order fixed before need no correction for their number.) What served here is spent: a test of the result needs
+    another text, or other items. The rule of sparse tokens, `model` and the other options are those of `evaluate`, or
+    of `evaluate_tasks`; `batch` is 1 sequence, or 16 texts, unless given.
     Raises UsageError for a budget that is none or too little text, TealError for text that a plan was made on.
     """
     started = time.monotonic()
     budget = max_loss if isinstance(max_loss, LossBudget) else LossBudget.parse(max_loss, metric)
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
-    ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
     if not plans:
         raise UsageError("there is no plan to tune")
-    if ids.ndim != 2 or len(ids) < 2 * LEAST_SEQUENCES:
-        raise UsageError(
-            f"{len(ids)} sequences are too few to search on one half and confirm on the other; "
-            f"give text for at least {2 * LEAST_SEQUENCES}, or shorter sequences"
-        )
-    for plan in plans.values():
-        check_held_out(plan, ids)
-    options = {"dense_tokens": dense_tokens, "batch": batch, "quantization": quantization, "strict": strict}
-    half = len(ids) // 2
+    options = {"dense_tokens": dense_tokens, "quantization": quantization, "strict": strict}
+    if isinstance(held_out, (Tensor, TokenBlocks)):
+        on = _text(model, held_out, budget, plans, options | {"batch": 1 if batch is None else batch})
+    else:
+        options |= {"batch": 16 if batch is None else batch, "max_new_tokens": max_new_tokens}
+        on = _tasks(model, tokenizer, held_out, budget, options)
     make_sparse(model, list(plans.values()), quantization, strict)  # checks every plan, and warns of it, once
-    search = _Search(model, ids[:half], budget, options, show_progress)
-    for name, plan in plans.items():
-        search.bisect(name, plan)
-    name, level, confirmed, chosen = next(iter(plans)), 0.0, None, None
-    evaluated = sum(trial.sequences for trial in search.trials) * 2
+    search = _Search(on, budget, show_progress)
+    if len(on.confirmation) >= budget.least:
+        for name, plan in plans.items():
+            search.bisect(name, plan)
+    name, confirmed, candidates = next(iter(plans)), None, []
+    evaluated = sum(2 * on.tokens(on.search[: trial.sequences]) for trial in search.trials)
     if search.best is not None:
         name = search.best.plan
         levels = _candidates(plans[name], search.best.level)
-        confirmed = _evaluate(model, ids[half:], name, plans[name], levels, options, show_progress)
-        evaluated += (len(ids) - half) * (1 + len(levels))
-        chosen = _highest_confirmed(confirmed, budget)
-        level = 0.0 if chosen is None else chosen.level
-    loss, sparsity = PairedLoss(0.0, 0.0, LEAST_SEQUENCES), 0.0
-    if confirmed is not None and chosen is not None:
-        loss, sparsity = budget.loss(confirmed, chosen), chosen.sparsity
-    dense_bytes, sparse_bytes = _weight_bytes(model, sparsity)
-    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": hash_tokens(ids)}
-    details |= {"search_sequences": half, "confirmation_sequences": len(ids) - half, "sequence_length": ids.shape[1]}
-    if quantization is not None:
-        details["weights"] = quantization
+        confirmed = _measure(on, on.confirmation, name, plans[name], levels, show_progress)
+        candidates = budget.trials(confirmed)
+        evaluated += on.tokens(on.confirmation) * (1 + len(levels))
+    chosen = _highest_confirmed(candidates)
+    level, sparsity, loss = 0.0, 0.0, PairedLoss(0.0, 0.0, LEAST)
+    if chosen is not None:
+        level, sparsity, loss = chosen.level, chosen.sparsity, budget.loss(chosen)
+    details = on.details | ({} if quantization is None else {"weights": quantization})
     return Tuning(
-        budget, name, level, sparsity, loss.mean, loss.error, loss.bound(CONFIDENCE), dense_bytes, sparse_bytes,
-        _notes(search, confirmed, level, ids.shape[1]), search.trials, confirmed,
-        evaluated * ids.shape[1], time.monotonic() - started, details,
+        budget, name, level, sparsity, loss.mean, loss.error, loss.bound(CONFIDENCE), *_weight_bytes(model, sparsity),
+        _notes(search, candidates, level), search.trials, confirmed, evaluated, time.monotonic() - started, details,
     )  # fmt: skip
+
+
+def _text(
+    model: nn.Module,
+    tokens: Tensor | TokenBlocks,
+    budget: LossBudget,
+    plans: Mapping[str, SparsityPlan],
+    options: dict[str, Any],
+) -> HeldOut:
+    if budget.metric == ACCURACY:
+        raise UsageError("accuracy is measured on tasks; give a sequence of Task and the model's tokenizer")
+    on = HeldOutText(model, tokens, options)
+    for plan in plans.values():
+        check_held_out(plan, on.ids)
+    return on
+
+
+def _tasks(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[Task], budget: LossBudget, options: dict[str, Any]
+) -> HeldOut:
+    if budget.metric != ACCURACY:
+        raise UsageError(f"{budget.metric} is measured on text; give tokens, or pass metric='accuracy' for tasks")
+    if tokenizer is None:
+        raise UsageError("tasks need the model's tokenizer; pass tokenizer=")
+    return HeldOutTasks(model, tokenizer, tasks, options)
 
 
 def calibration_texts(plan: SparsityPlan) -> list[dict[str, Any]]:
@@ -299,11 +200,8 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 class _Search:
     """Looks for each plan's highest level within the budget on the search part; `best` is the one so far."""
 
-    def __init__(
-        self, model: nn.Module, ids: Tensor, budget: LossBudget, options: dict[str, Any], show_progress: bool
-    ) -> None:
-        self.model, self.ids, self.budget, self.options = model, ids, budget, options
-        self.show_progress = show_progress
+    def __init__(self, on: HeldOut, budget: LossBudget, show_progress: bool) -> None:
+        self.on, self.budget, self.show_progress = on, budget, show_progress
         self.trials: list[Trial] = []
         self.best: Trial | None = None
 
@@ -326,36 +224,29 @@ class _Search:
                 high = middle
 
     def _try(self, name: str, plan: SparsityPlan, level: float) -> Trial:
-        limit = self.budget.limit
+        limit, units = self.budget.limit, self.on.search
         loss, sparsity, fits = None, 0.0, False
-        pieces = self.ids.split(max(LEAST_SEQUENCES, self.options["batch"]))
-        for rows in track(pieces, f"{name} at {level:g}", len(pieces), self.show_progress):
-            result = _evaluate(self.model, rows, name, plan, [level], self.options)
-            (measured,) = result.measurements
-            found = self.budget.loss(result, measured)
-            loss = found if loss is None else loss + found
-            sparsity += measured.sparsity * len(rows)
+        size = max(LEAST, self.on.options["batch"])
+        pieces = [units[start : start + size] for start in range(0, len(units), size)]
+        for piece in track(pieces, f"{name} at {level:g}", len(pieces), self.show_progress):
+            (found,) = self.budget.trials(_measure(self.on, piece, name, plan, [level]))
+            loss = self.budget.loss(found) if loss is None else loss + self.budget.loss(found)
+            sparsity += found.sparsity * found.sequences
             fits = loss.bound(CONFIDENCE) <= limit
             if loss.bound(DECIDED) <= limit or loss.bound(1 - DECIDED) > limit:
                 break
         assert loss is not None
-        trial = Trial(name, level, sparsity / loss.sequences, loss.mean, loss.error, loss.sequences, fits)
+        trial = Trial(name, level, sparsity / loss.count, loss.mean, loss.error, loss.count, fits)
         self.trials.append(trial)
         return trial
 
 
-def _evaluate(
-    model: nn.Module,
-    ids: Tensor,
-    name: str,
-    plan: SparsityPlan,
-    levels: Sequence[float],
-    options: dict[str, Any],
-    show_progress: bool = False,
-) -> Evaluation:
+def _measure(
+    on: HeldOut, units: Any, name: str, plan: SparsityPlan, levels: Sequence[float], show_progress: bool = False
+) -> Evaluation | TaskEvaluation:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the plan may not belong to this model")
-        return evaluate(model, ids, {name: plan}, levels, **options, show_progress=show_progress)
+        return on.measure(units, {name: plan}, levels, show_progress)
 
 
 def _grid(plan: SparsityPlan) -> list[float]:
@@ -377,45 +268,48 @@ def _candidates(plan: SparsityPlan, level: float) -> list[float]:
     return sorted({levels[max(0, _index(levels, step * level))] for step in STEPS})
 
 
-def _highest_confirmed(result: Evaluation, budget: LossBudget) -> Measurement | None:
+def _highest_confirmed(candidates: Sequence[Trial]) -> Trial | None:
     """The last of the rising levels that is within the budget, as all below it are."""
     chosen = None
-    for measured in result.measurements:
-        if budget.loss(result, measured).bound(CONFIDENCE) > budget.limit:
+    for trial in candidates:
+        if not trial.fits:
             break
-        chosen = measured
+        chosen = trial
     return chosen
 
 
-def _notes(search: _Search, confirmed: Evaluation | None, level: float, length: int) -> list[str]:
+def _notes(search: _Search, candidates: Sequence[Trial], level: float) -> list[str]:
     """What a user should know beside the answer: why it is lower than it looked, or dense, and what would tell more."""
-    budget, notes = search.budget, []
-    refused: tuple[float, PairedLoss] | None = None  # the lowest level that is not within the budget
-    if confirmed is None:
-        lowest = min(search.trials, key=lambda trial: trial.level)
-        refused = lowest.level, PairedLoss(lowest.loss, lowest.loss_error, lowest.sequences)
-    else:
-        losses = [(m.level, budget.loss(confirmed, m)) for m in confirmed.measurements]
-        refused = next(((at, loss) for at, loss in losses if at > level), None)
+    budget, on = search.budget, search.on
+    notes: list[str] = []
+    if not search.trials:
+        bound = share_bound(0, len(on.confirmation), CONFIDENCE)
+        return [
+            f"dense is the answer: too few items to tell; even if none of {len(on.confirmation)} were lost, the loss "
+            f"could be {budget.show(bound)}; at least {on.amount(budget.least)} would be needed"
+        ]
+    refused = min(search.trials, key=lambda trial: trial.level)  # the lowest level that is not within the budget
+    if candidates:
+        refused = next((trial for trial in candidates if trial.level > level), None)
         if refused is not None:
-            found = losses[-1][0]
             down = f"stepped down to {level:g}" if level else "it is the lowest that was tried there"
             notes.append(
-                f"level {found:g}, which the search found, is not confirmed: at {refused[0]:g} the loss on the other "
-                f"part is {_range(refused[1], budget)}; {down}"
+                f"level {candidates[-1].level:g}, which the search found, is not confirmed: at {refused.level:g} the "
+                f"loss on the other part is {_range(refused, budget)}; {down}"
             )
     if level == 0 and refused is not None:
-        notes.append(f"dense is the answer: even level {refused[0]:g} costs {_range(refused[1], budget)}")
-    if refused is not None and (needed := refused[1].sequences_needed(budget.limit)) is not None:
+        notes.append(f"dense is the answer: even level {refused.level:g} costs {_range(refused, budget)}")
+    if refused is not None and (needed := budget.loss(refused).count_needed(budget.limit)) is not None:
+        little = "too little text" if budget.noun == "sequence" else "too few items"
         notes.append(
-            f"the loss measured at {refused[0]:g} is within the budget, its bound is not: too little text to tell; "
-            f"about {2 * max(needed, LEAST_SEQUENCES) * length:,} tokens would be needed"
+            f"the loss measured at {refused.level:g} is within the budget, its bound is not: {little} to tell; "
+            f"about {on.amount(max(needed, LEAST))} would be needed"
         )
     return notes
 
 
-def _range(loss: PairedLoss, budget: LossBudget) -> str:
-    return f"{budget.show(loss.mean)}, at most {budget.show(loss.bound(CONFIDENCE))}"
+def _range(trial: Trial, budget: LossBudget) -> str:
+    return f"{budget.show(trial.loss)}, at most {budget.show(budget.loss(trial).bound(CONFIDENCE))}"
 
 
 def _weight_bytes(model: nn.Module, sparsity: float) -> tuple[int, int]:

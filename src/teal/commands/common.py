@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from teal.blockwalk import BlockSource
     from teal.data import TokenBlocks
     from teal.plan import SparsityPlan
+    from teal.tasks import Task
 
 STATISTICS, PLAN, TUNED = "statistics.safetensors", "plan.json", "tuned"  # in a model's work directory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -52,6 +53,20 @@ def add_text(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
     parser.add_argument("--field", default="text", help="the field that holds the text in .jsonl and datasets")
     parser.add_argument("--wikitext", action="store_true", help="undo WikiText's tokenization")
+
+
+def add_tasks(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--task", type=Path, nargs="+", required=required, metavar="FILE", help="one .jsonl file per task"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N items of each task (default: all)")
+    parser.add_argument(
+        "--shots", type=natural, default=0, metavar="N",
+        help="show the first N items, solved, before each of the others (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=256, metavar="N", help="of an exact answer, at most (default: 256)"
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +342,16 @@ def read_blocks(
         field=arguments.field,
         wikitext=arguments.wikitext,
     )
+
+
+def read_tasks(arguments: argparse.Namespace) -> "list[Task]":
+    """The tasks that were named."""
+    from teal.tasks import read_task
+
+    return [
+        read_task(path, name=name, shots=arguments.shots, limit=arguments.limit)
+        for path, name in zip(arguments.task, distinct(arguments.task), strict=True)
+    ]
 
 
 def dense_tokens(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ computed as if decoded from position --dense-tokens on; exact answers are decode
 """
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teal.commands import common
@@ -21,19 +20,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("--task", type=Path, nargs="+", required=True, metavar="FILE", help="one .jsonl file per task")
-    parser.add_argument("--limit", type=common.positive, metavar="N", help="the first N items of each (default: all)")
-    parser.add_argument(
-        "--shots", type=common.natural, default=0, metavar="N",
-        help="show the first N items, solved, before each of the others (default: 0)",
-    )  # fmt: skip
+    common.add_tasks(parser, required=True)
     common.add_plans(parser)
     common.add_levels(parser, (0.4, 0.5))
     parser.add_argument("--dense-tokens", type=common.natural, help="dense positions of each text (default: 8)")
-    parser.add_argument(
-        "--max-new-tokens", type=common.positive, default=256, metavar="N",
-        help="of an exact answer, at most (default: 256)",
-    )  # fmt: skip
     parser.add_argument("--batch", type=common.positive, default=16, metavar="N", help="texts at a time (default: 16)")
     common.add_dtype(parser)
     common.add_weights(parser)
@@ -44,13 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from teal.checkpoint import load_tokenizer, resolve_model
     from teal.task_evaluation import evaluate_tasks
-    from teal.tasks import read_task
 
     common.check_device(arguments.device)
-    tasks = [
-        read_task(path, name=name, shots=arguments.shots, limit=arguments.limit)
-        for path, name in zip(arguments.task, common.distinct(arguments.task), strict=True)
-    ]
+    tasks = common.read_tasks(arguments)
     plans = common.load_plans(arguments)
     directory = resolve_model(arguments.model)
     tokenizer = load_tokenizer(directory)
