@@ -397,8 +397,8 @@ def report(
     print(f"context {context}: {'tokens/s':>40}{'of gpt-fast':>13}{'of our dense':>13}{'of floor':>10}")
     dense = statistics.median(speeds["ours 0%"])
     peer = statistics.median(speeds.get("gpt-fast dense", [float("nan")]))
-    blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
-    head = engine.lm_head.packed.channel_bytes * engine.lm_head.in_features
+    blocks = sum(layer.packed.bytes_read() for layer in sparse_layers(engine).values())
+    head = engine.lm_head.packed.bytes_read()
     config = engine.config
     cache = 2 * 2 * config.blocks * config.kv_heads * config.head_dim * context
     for label, values in speeds.items():

@@ -262,12 +262,12 @@ def _speed(
 
 def bytes_per_token(engine: DecoderModel, sparsity: float, mean_position: int) -> tuple[int, int]:
     """Bytes that one decoded token makes necessary, and bytes that the weight layout reads."""
-    blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(engine).values())
-    head = engine.lm_head.packed.channel_bytes * engine.lm_head.in_features * (1 - engine.lm_head.sparsity)
-    skipping = all(layer.packed.skips_channels for layer in sparse_layers(engine).values())
+    weights = [layer.packed for layer in sparse_layers(engine).values()]
+    head = engine.lm_head.packed.bytes_read(1 - engine.lm_head.sparsity)
+    skipping = all(weight.skips_channels for weight in weights)
     element = engine.embed_tokens.weight.element_size()
     norms = sum(p.numel() * element for name, p in engine.named_parameters() if "norm" in name)
     cache = 2 * len(engine.blocks) * engine.config.kv_heads * engine.config.head_dim * mean_position * element
     fixed = head + norms + cache
-    needed = round(blocks * (1 - sparsity) + fixed)
-    return needed, needed if skipping else round(blocks + fixed)
+    needed = round(sum(weight.bytes_read(1 - sparsity) for weight in weights) + fixed)
+    return needed, needed if skipping else round(sum(weight.bytes_read() for weight in weights) + fixed)

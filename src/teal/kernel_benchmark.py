@@ -138,7 +138,7 @@ class _Case:
         if not isinstance(first, TiledWeight):
             raise TealError(f"TEAL_LAYOUT={first.layout} has no native kernel to measure")
         self.shape = (n, k)
-        self.weights = [first, *(_copy(first) for _ in range(_copies(int(first.channel_bytes * k), cache) - 1))]
+        self.weights = [first, *(_copy(first) for _ in range(_copies(int(first.bytes_read()), cache) - 1))]
         self.plain = [weight, *(weight.clone() for _ in range(_copies(weight.nbytes, cache) - 1))]
         self.x = torch.randn(1, k, generator=generator).to(dtype)
         ordered = self.x.abs().float().flatten().sort().values
@@ -197,7 +197,7 @@ def _seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 def _speed(name: str, case: _Case, level: float, repeated: Sequence[Mapping[Any, float]]) -> KernelSpeed:
     (n, k), packed = case.shape, case.weights[0]
-    size = round(packed.channel_bytes * case.kept[level])
+    size = round(packed.bytes_read(case.kept[level] / k))
     shares = [size / seconds[level] / seconds["read"] for seconds in repeated]
     dense = [seconds[0.0] / seconds[level] for seconds in repeated]
     others = [seconds["torch"] / seconds[level] for seconds in repeated]

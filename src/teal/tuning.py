@@ -314,7 +314,8 @@ def _range(trial: Trial, budget: LossBudget) -> str:
 
 def _weight_bytes(model: nn.Module, sparsity: float) -> tuple[int, int]:
     """Bytes of block weights and LM head that one token reads, dense and at a realised sparsity."""
-    blocks = sum(layer.packed.channel_bytes * layer.in_features for layer in sparse_layers(model).values())
+    weights = [layer.packed for layer in sparse_layers(model).values()]
     output: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     head = output.weight.numel() * output.weight.element_size()
-    return blocks + head, round(blocks * (1 - sparsity)) + head
+    dense, sparse = (sum(weight.bytes_read(kept) for weight in weights) for kept in (1.0, 1 - sparsity))
+    return round(dense) + head, round(sparse) + head

@@ -245,10 +245,13 @@ class TestStorage:
         assert torch.equal(pack(weight, "int8").unpack(), dequantize_int8(*quantize_int8(weight), dtype))
         assert torch.equal(pack(weight, "int4").unpack(), dequantize_groups(*quantize_groups(weight, 4), dtype))
 
-    def test_channel_bytes(self) -> None:
-        assert pack(normal(4096, 1024, dtype=torch.bfloat16)).channel_bytes in (8192, 4096 * 2)
-        assert pack(normal(4096, 1024), "int8").channel_bytes == 4096 + 4096 * 4 / 1024
-        assert pack(normal(4096, 1024), "int4").channel_bytes == 2048 + 4096 * 2 / 128
+    def test_bytes_read(self) -> None:
+        """Of every kept channel its weights, and all scales: a group of inputs without a kept one is rare."""
+        for kept in (0.25, 1.0):
+            assert pack(normal(4096, 1024, dtype=torch.bfloat16)).bytes_read(kept) == kept * 4096 * 1024 * 2
+            assert pack(normal(4096, 1024), "int8").bytes_read(kept) == kept * 4096 * 1024 + 4096 * 4
+            assert pack(normal(4096, 1024), "int4").bytes_read(kept) == kept * 2048 * 1024 + 4096 * 2 * 8
+        assert pack(normal(4096, 1024), "int4").bytes_read(0.0) == 0
 
     def test_unknown_quantization(self) -> None:
         with pytest.raises(TealError, match="unknown quantization 'int3'; choose from int8, int4"):

@@ -218,7 +218,7 @@ class TestPack:
         result = pack(weight)
         assert result.layout == layout
         assert result.shape == (result.out_features, result.in_features) == (6, 20)
-        assert result.channel_bytes == (64 if layout == "cpu" else 6 * 4)  # which reads whole lines
+        assert result.bytes_read() == result.in_features * (64 if layout == "cpu" else 6 * 4)  # which reads whole lines
         assert torch.equal(restore(result.storage, layout).unpack(), weight)
 
     @pytest.mark.parametrize(

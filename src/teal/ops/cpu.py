@@ -61,12 +61,12 @@ class TiledWeight(PackedWeight):
     def tile_outputs(self) -> int:
         return self.storage[0].shape[2] * self.storage[0].element_size() * 8 // self.bits
 
-    @property
-    def channel_bytes(self) -> float:
+    def bytes_read(self, kept: float = 1.0) -> float:
         n, k = self.shape
         line = native.LINE_BYTES * 8 // self.bits
         scales = sum(tensor.numel() * tensor.element_size() for tensor in self.storage[1:])
-        return -(-n // line) * native.LINE_BYTES + scales / k  # the padding of the last tile is not read
+        runs = -(-n // line) * native.LINE_BYTES * k  # the padding of the last tile is not read
+        return kept * runs + (scales if kept else 0)  # one kept channel of a group makes its scales necessary
 
     def unpack(self) -> Tensor:
         return self.rows(self.out_features)

@@ -84,10 +84,9 @@ class PackedWeight(ABC):
         """The dtype of inputs and outputs."""
         return self.storage[0].dtype
 
-    @property
-    def channel_bytes(self) -> float:
-        """Bytes that one kept input channel makes necessary, scales included."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.storage) / max(1, self.in_features)
+    def bytes_read(self, kept: float = 1.0) -> float:
+        """Bytes that a product needs where this share of the input channels is kept, scales included."""
+        return kept * sum(tensor.numel() * tensor.element_size() for tensor in self.storage)
 
 
 class RowMajorWeight(PackedWeight):
