@@ -86,14 +86,17 @@ class StreamedBlocks(BlockSource):
             _return_freed_memory()
 
 
-def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> BlockSource:
-    """The blocks of a model in memory, or of a checkpoint directory, streamed where its names allow it.
+def open_blocks(model: nn.Module | str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> BlockSource:
+    """The blocks of a model in memory, or of a checkpoint directory, streamed where its names allow it or, onto a
+    `device` other than "cpu", loaded all at once.
 
     `dtype` None keeps the stored one. Raises TealError for an unknown architecture or damaged weights.
     """
     if isinstance(model, nn.Module):
         return BlockSource(model)
     directory = Path(model)
+    if device != "cpu":
+        return BlockSource(load_model(directory, dtype, device))
     structure = structure_from_config(directory)
     checkpoint = Checkpoint(directory)
     path = checkpoint.block_path(structure)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teal.blockwalk import BlockSource, Spool, open_blocks, run_block
-from teal.data import TokenBlocks, hash_tokens
+from teal.data import TokenBlocks, hash_tokens, token_ids
 from teal.errors import TealError, UsageError
 from teal.progress import track
 from teal.statistics import ActivationStatistics, InputStatistics, block_tensors, from_tensors
@@ -32,7 +32,7 @@ def calibrate(
     directory an interrupted run continues at the first unfinished block and ends with the same bytes.
     Raises TealError for NaN or infinite activations, naming the block and the input.
     """
-    ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+    ids = token_ids(tokens)
     source = model if isinstance(model, BlockSource) else open_blocks(model)
     hidden, arguments = source.first_inputs(ids)
     if not 0 <= dense_tokens < ids.shape[1]:

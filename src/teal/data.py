@@ -40,6 +40,11 @@ class TokenBlocks:
         }
 
 
+def token_ids(tokens: Tensor | TokenBlocks) -> Tensor:
+    """The ids [B, L] of blocks, or ids as they are."""
+    return tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+
+
 def hash_tokens(ids: Tensor) -> str:
     """SHA-256 of the token ids: the same text, tokenizer and seed give the same hash."""
     return hashlib.sha256(ids.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()

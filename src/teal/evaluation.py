@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from teal.artifacts import check_header, check_keys
 from teal.blockwalk import check_evaluation_mode
 from teal.calibration import DENSE_TOKENS
-from teal.data import TokenBlocks, check_tokens
+from teal.data import TokenBlocks, check_tokens, token_ids
 from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear, sparse_from
 from teal.ops.quantize import round_to_nearest
@@ -159,7 +159,7 @@ def evaluate(
     Raises TealError for plans that do not fit, UsageError for a token rule that leaves nothing to count.
     """
     check_evaluation_mode(model)
-    ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+    ids = token_ids(tokens)
     plans = {plans.method: plans} if isinstance(plans, SparsityPlan) else dict(plans)
     check_tokens(ids, model)
     if batch < 1:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from teal.data import TokenBlocks, hash_tokens
+from teal.data import TokenBlocks, hash_tokens, token_ids
 from teal.errors import UsageError
 from teal.evaluation import Evaluation, evaluate
 from teal.paired_loss import LEAST
@@ -44,7 +44,7 @@ class HeldOutText:
 
     def __init__(self, model: nn.Module, tokens: Tensor | TokenBlocks, options: dict[str, Any]) -> None:
         self.model, self.options = model, options
-        self.ids = tokens.ids if isinstance(tokens, TokenBlocks) else tokens
+        self.ids = token_ids(tokens)
         if self.ids.ndim != 2 or len(self.ids) < 2 * LEAST:
             raise UsageError(
                 f"{len(self.ids)} sequences are too few to search on one half and confirm on the other; "

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from teal.artifacts import check_writable, read_json, write_atomically, write_json
 from teal.blockwalk import BlockSource, Spool, discard_spool, open_blocks, run_block
 from teal.calibration import DENSE_TOKENS, check_finite
-from teal.checkpoint import Checkpoint, load_model, structure_from_config
-from teal.data import TokenBlocks, hash_tokens
+from teal.checkpoint import Checkpoint, structure_from_config
+from teal.data import TokenBlocks, hash_tokens, token_ids
 from teal.errors import TealError
 from teal.progress import track
 from teal.structure import INPUT_OF_PROJECTION
@@ -88,14 +88,17 @@ def rotate(
             "that it was made of"
         )
     checkpoint = Checkpoint(directory)
-    source = open_blocks(directory if device == "cpu" else load_model(directory, device=device))
+    path = checkpoint.block_path(structure)
+    if path is None:
+        raise TealError(f"{directory} stores its blocks under names that are not its model type's")
+    source = open_blocks(directory, device=device)
     job = {
-        "stage": "rotate", "model": source.identity.weights, "tokens": hash_tokens(_ids(tokens)),
+        "stage": "rotate", "model": source.identity.weights, "tokens": hash_tokens(token_ids(tokens)),
         "dense_tokens": dense_tokens, "dtype": str(dtype),
     }  # fmt: skip
     unfinished = output.with_name(f"{output.name}.partial")
     rotation = find_rotation(source, tokens, dense_tokens, Spool(unfinished, job), show_progress)
-    rotated = _RotatedCheckpoint(checkpoint, source, rotation, dtype, device)
+    rotated = _RotatedCheckpoint(checkpoint, path, rotation, dtype, device)
     shards = unfinished / "model"
     files = checkpoint.names_by_file()
     for file, names in track(list(files.items()), "rotating files", len(files), show_progress):
@@ -122,7 +125,7 @@ def find_rotation(
     for the values, of what leaves attention, over the heads that share them. About zero, not the mean.
     """
     progress = progress or Spool(None, {})
-    hidden, arguments = source.first_inputs(_ids(tokens))
+    hidden, arguments = source.first_inputs(token_ids(tokens))
     heads, head_dim = _value_heads(source.model.config)
     energy = torch.zeros(hidden.shape[-1], hidden.shape[-1], dtype=torch.float64)
     if progress.hidden is not None:
@@ -138,10 +141,6 @@ def find_rotation(
         progress.save(index, {"values": moments.values}, hidden, energy=energy)
     spectrum, axes = _principal_components(energy)
     return Rotation(axes, tuple(_principal_components(value)[1] for value in values), spectrum)
-
-
-def _ids(tokens: Tensor | TokenBlocks) -> Tensor:
-    return tokens.ids if isinstance(tokens, TokenBlocks) else tokens
 
 
 def _value_heads(config: Any) -> tuple[int, int]:
@@ -193,13 +192,9 @@ class _RotatedCheckpoint:
     """The tensors of a checkpoint in new axes."""
 
     def __init__(
-        self, checkpoint: Checkpoint, source: BlockSource, rotation: Rotation, dtype: torch.dtype | None, device: str
+        self, checkpoint: Checkpoint, path: str, rotation: Rotation, dtype: torch.dtype | None, device: str
     ) -> None:
-        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        path = checkpoint.block_path(source.structure)
-        if path is None:
-            raise TealError(f"{checkpoint.directory} stores its blocks under names that are not its model type's")
-        self.path = path
+        self.checkpoint, self.path, self.dtype, self.device = checkpoint, path, dtype, device
         parent = path.rpartition(".")[0]
         self.embedding, self.final_norm = f"{parent}.embed_tokens.weight", f"{parent}.norm.weight"
         self.axes = rotation.hidden.to(device, torch.float32)

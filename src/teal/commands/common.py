@@ -363,22 +363,25 @@ def dense_tokens(arguments: argparse.Namespace) -> int:
 
 def load_model(directory: Path, dtype: "torch.dtype | None" = None, device: str = "cpu") -> Any:
     """The transformers model of a directory, without the library's own progress bar."""
-    from transformers.utils.logging import disable_progress_bar
-
     from teal.checkpoint import load_model
 
-    disable_progress_bar()
+    hide_loading()
     return load_model(directory, dtype, device)
+
+
+def hide_loading() -> None:
+    """No progress bar of transformers' own."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def open_blocks(arguments: argparse.Namespace, directory: Path) -> "BlockSource":
     """The blocks of a model directory in --dtype: read one at a time, or all at once onto a --device."""
     from teal.blockwalk import open_blocks
 
-    check_device(arguments.device)
-    if arguments.device == "cpu":
-        return open_blocks(directory, dtype_of(arguments))
-    return open_blocks(load_model(directory, dtype_of(arguments), arguments.device))
+    hide_loading()
+    return open_blocks(directory, dtype_of(arguments), check_device(arguments.device))
 
 
 def write_result(arguments: argparse.Namespace, payload: dict[str, Any]) -> None:

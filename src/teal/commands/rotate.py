@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     blocks = common.read_blocks(
         arguments, directory, CALIBRATION_TEXT, arguments.length, arguments.tokens, arguments.seed
     )
+    common.hide_loading()
     rotation = rotate(
         directory,
         blocks,
