@@ -33,7 +33,7 @@ from teal.engine.sampling import Sampler, SamplingConfig
 from teal.linear import sparse_layers
 from teal.ops import nvrtc, reference
 from teal.ops.cuda_projection import Operands, Projection
-from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning
+from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.cuda_weight import CudaWeight
 from teal.shapes import random_engine
 from teal.sparse_model import set_sparsity, sparsify
@@ -227,14 +227,14 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
     )
     print(f"{'speed-up':>9}{'of floor':>9}{'error':>9}")
     for name, (n, k) in KERNELS.items():
-        tuning = choose_rows_tuning(k, n, multiprocessors)
-        if tuning is None:
-            continue
-        kernel = RowsProjection(k, n, torch.bfloat16, tuning)
         weights = copies_of(n, k)
         row_major = [weight.t().contiguous() for weight in weights]
         table[name] = []
         for rows, overlap in ROWS:
+            tuning = choose_rows_tuning(k, n, rows_compiled(rows), multiprocessors)
+            if tuning is None:
+                continue
+            kernel = RowsProjection(k, n, rows_compiled(rows), torch.bfloat16, tuning)
             x = overlapping_inputs(rows, k, overlap)
             y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
             cublas = times([lambda w=w, x=x: F.linear(x, w) for w in row_major])

@@ -32,7 +32,7 @@ struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 
 namespace emulator {
-constexpr int MOST_FIBERS = 8192, MOST_BLOCKS = MOST_FIBERS / 32, MOST_RANGES = 16, MOST_COPIES = 16;
+constexpr int MOST_FIBERS = 8192, MOST_BLOCKS = MOST_FIBERS / 32, MOST_RANGES = 16, MOST_COPIES = 32;
 constexpr size_t STACK = (32 << 10) + 576, GUARD = 4 << 10;
 constexpr unsigned char CANARY = 0xa5, POISON = 0xff;
 
@@ -375,18 +375,32 @@ void await_groups() {
     }
     fiber.copies_count = kept;
 }
-static inline void load_matrices(uint32_t (&pairs)[4], const uint4* row) {
+template <bool TRANSPOSED>
+void load_pairs(uint32_t (&pairs)[4], const uint4* row) {
     emulator::check_shared(row, 16);
     const char* shared = (char*)emulator::shared_memory();
     emulator::Values& rows = emulator::exchange<1>({uint32_t((const char*)row - shared)});
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++) {
-        const uint16_t *first = (const uint16_t*)(shared + rows[8 * i + 2 * (lane % 4)][0]),
-                       *second = (const uint16_t*)(shared + rows[8 * i + 2 * (lane % 4) + 1][0]);
-        pairs[i] = first[lane / 4] | (uint32_t)second[lane / 4] << 16;
+        uint32_t two[2];
+        for (int k = 0; k < 2; k++) {
+            const int r = TRANSPOSED ? lane % 4 * 2 + k : lane / 4, c = TRANSPOSED ? lane / 4 : lane % 4 * 2 + k;
+            two[k] = ((const uint16_t*)(shared + rows[8 * i + r][0]))[c];
+        }
+        pairs[i] = two[0] | two[1] << 16;
     }
 }
-static inline void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+static inline void load_matrices(uint32_t (&pairs)[4], const uint4* row) { load_pairs<false>(pairs, row); }
+static inline void load_transposed(uint32_t (&pairs)[4], const uint4* row) { load_pairs<true>(pairs, row); }
+static inline uint32_t transposed(uint32_t pair) {
+    emulator::Values& pairs = emulator::exchange<1>({pair});
+    const int lane = threadIdx.x % 32;
+    uint32_t two[2];
+    for (int k = 0; k < 2; k++) two[k] = pairs[(lane % 4 * 2 + k) * 4 + lane / 8][0] >> lane / 4 % 2 * 16 & 0xffff;
+    return two[0] | two[1] << 16;
+}
+template <int BS>
+void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[BS]) {
     emulator::Values& pairs = emulator::exchange<6>({a[0], a[1], a[2], a[3], b[0], b[1]});
     const int lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++)
@@ -398,6 +412,7 @@ static inline void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], c
 }
 static inline void prefetch_l2(const void*) {}
 static inline float load_fresh(const float* address) { return *address; }
+static inline float4 load_fresh(const float4* address) { return *address; }
 static inline void allow_next_kernel() {}
 static inline void await_previous_kernel() {}
 

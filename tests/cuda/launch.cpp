@@ -21,4 +21,8 @@ EXPORTED const char* run_kernel(const Arguments* arguments, int grid, int cluste
     return emulator::run(grid, THREADS, cluster, shared_bytes, order, [] { KERNEL(launched); });
 }
 EXPORTED long arguments_size() { return sizeof(Arguments); }
+#if defined NOTHING_SHARED
+EXPORTED long shared_size() { return 0; }
+#else
 EXPORTED long shared_size() { return sizeof(Shared); }
+#endif

@@ -40,14 +40,14 @@ def heads(*sizes: int, dtype: torch.dtype = HALF, qk_norm: bool = False):
 
 HEADS = [
     heads(3, 3, 16, 64, 1),
-    heads(4, 2, 8, 64, 3, qk_norm=True),
+    heads(4, 2, 16, 64, 3, qk_norm=True),
     heads(6, 2, 32, 96, 5, dtype=BRAIN),
     heads(8, 2, 64, 128, 2, qk_norm=True),
-    heads(5, 1, 16, 192, 4, dtype=BRAIN),  # a warp for each head and one that is idle
-    heads(6, 1, 8, 128, 3),
+    heads(5, 1, 48, 192, 4, dtype=BRAIN),
+    heads(6, 1, 16, 128, 3),
     heads(7, 1, 128, 256, 3),
     heads(16, 2, 256, 128, 2, dtype=BRAIN, qk_norm=True),
-    heads(12, 1, 8, 512, 7),
+    heads(12, 1, 80, 512, 40),
 ]
 
 
@@ -62,6 +62,7 @@ def check(
     per_share: int,
     monkeypatch: pytest.MonkeyPatch,
     size: float = 1.0,
+    undivided: int = 0,
     orders: Sequence[int] = (0, 1, 2, 3),
 ) -> None:
     """One token at `position`; what it must not see is NaN."""
@@ -70,7 +71,7 @@ def check(
         heads=of.heads, kv_heads=of.kv_heads, head_dim=of.head_dim, qk_norm=of.qk_norm
     )  # fmt: skip
     macros = cuda_step.attention_macros(config, of.dtype, of.shares)  # pyright: ignore
-    shared_bytes = cuda_step.attention_shared_bytes(config)  # pyright: ignore
+    shared_bytes = cuda_step.attention_shared_bytes(config, of.shares)  # pyright: ignore
     kernel = nvrtc.compile_kernel("attention.cu", "attention", macros, shared_bytes)
 
     def normal(*shape: int) -> Tensor:
@@ -100,13 +101,13 @@ def check(
     for order in orders:
         keys, values = (cache.clone() for cache in before)
         attended = torch.full((of.heads * dim + 32,), float("nan"), dtype=of.dtype)
-        partial = torch.full((of.kv_heads * of.shares * group * (dim + 2) + 8,), float("nan"))
+        partial = torch.full((of.kv_heads * of.shares * group * (dim + 4) + 8,), float("nan"))
         arrivals = torch.zeros(of.kv_heads, dtype=torch.int32)
         index, qkv = torch.tensor([position]), torch.cat((q.flatten(), k.flatten(), v.flatten()))
         pointers = (qkv, *norms, cosine, sine, index, keys, values, attended[16:], partial, arrivals)
         arguments = cuda_step._AttentionArguments(*(tensor.data_ptr() for tensor in pointers))
         arguments.capacity, arguments.window, arguments.positions_per_share = capacity, window, per_share
-        arguments.eps = EPS
+        arguments.undivided, arguments.eps = undivided, EPS
         kernel.prepared(of.kv_heads * of.shares, of.threads, arguments).start(order)
 
         assert attended[:16].isnan().all()
@@ -135,6 +136,12 @@ class TestAttention:
     @pytest.mark.parametrize(("position", "window"), [(0, 1), (9, 1), (2, 4), (3, 4), (4, 4), (70, 33)])
     def test_windows(self, of: Heads, position: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
         check(of, position, window, 7, monkeypatch)
+
+
+@pytest.mark.parametrize("undivided", [129, 130, 131])
+@pytest.mark.parametrize("of", HEADS[2:4])
+def test_one_block_up_to_some_positions(of: Heads, undivided: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(of, 129, 0, 40, monkeypatch, undivided=undivided)
 
 
 @pytest.mark.parametrize("per_share", [100, 5000])

@@ -15,16 +15,20 @@ from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.engine.model import DecoderModel
+from teal.ops.cuda_weight import CudaWeight
 
 pytestmark = needs_compiler
 HALF, BRAIN = torch.float16, torch.bfloat16
 TOLERANCE = {HALF: 4e-3, BRAIN: 3e-2}  # of the largest output of a whole model
 PROMPT = 5
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_size": 48, "head_dim": 16}),
-    "mistral-window": ("mistral", {"sliding_window": 4}),
-    "qwen2": ("qwen2", {"num_key_value_heads": 4}),
-    "qwen3-one-key-head": ("qwen3", {"num_key_value_heads": 1}),
+    "llama-biases": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "hidden_size": 48, "head_dim": 16, "vocab_size": 264},
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 4, "head_dim": 16}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 4, "head_dim": 16}),
+    "qwen3-one-key-head": ("qwen3", {"num_key_value_heads": 1, "head_dim": 16}),
 }
 
 
@@ -75,6 +79,7 @@ class Both:
 
 @pytest.fixture(autouse=True)
 def _device(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_step, "UNDIVIDED", 6)
     monkeypatch.setattr(cuda_step, "POSITIONS_PER_SHARE", 2)
 
 
@@ -84,6 +89,32 @@ def test_dense(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     both = Both(engine_of(name, dtype, monkeypatch))
     for position in range(PROMPT, PROMPT + 3):
         both.token(position)
+
+
+@pytest.mark.parametrize(("dtype", "head"), [(HALF, 0.0), (BRAIN, 0.0), (HALF, 0.5)], ids=str)
+def test_logits(dtype: torch.dtype, head: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaWeight, "layout", "channel_major")
+    both = Both(engine_of("llama-biases", dtype, monkeypatch))
+    engine = both.engine
+    engine.lm_head.set_sparsity(head)
+    for position in range(PROMPT, PROMPT + 3):
+        token, at = torch.tensor([17 * position]), torch.tensor([position])
+        with torch.inference_mode():
+            want = engine.decode(token, at, both.caches[0])
+            got = both.step.logits(engine, token, at, both.view)
+        assert got is not None
+        assert got.shape == want.shape
+        both.check(got, want)
+
+
+def test_other_steps_give_the_logits_of_several_sequences_and_of_watched_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = Both(engine_of("llama-biases", HALF, monkeypatch))
+    engine, one, two = both.engine, torch.tensor([1]), torch.tensor([1, 2])
+    assert both.step.logits(engine, two, two, engine.new_cache(2)) is None
+    engine.blocks[0].mlp.up_proj.observer = lambda x: None
+    assert both.step.logits(engine, one, one, both.view) is None
 
 
 def test_without_clusters(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ from exact import BRAIN, HALF, INFINITY, integers, threshold_of
 from torch import Tensor
 
 from teal.ops import reference
-from teal.ops.cuda_rows import MOST_CHANNELS, RowsProjection, RowsTuning, choose_rows_tuning, shared_bytes
+from teal.ops.cuda_rows import (
+    MOST_CHANNELS,
+    ROWS,
+    RowsProjection,
+    RowsTuning,
+    choose_rows_tuning,
+    rows_compiled,
+    shared_bytes,
+)
 from teal.ops.cuda_weight import CudaWeight
 
 pytestmark = needs_compiler
@@ -42,8 +50,9 @@ SHAPES = [
 
 def results(shape: Shape, x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
     """The outputs; checks that nothing else is written and that no order of the threads changes a bit."""
-    projection = RowsProjection(shape.channels, shape.outputs, shape.dtype, shape.tuning)
-    assert projection.kernel.library.shared_size() <= shared_bytes(shape.channels, shape.tuning)  # pyright: ignore
+    rows = rows_compiled(x.shape[0])
+    projection = RowsProjection(shape.channels, shape.outputs, rows, shape.dtype, shape.tuning)
+    assert projection.kernel.library.shared_size() <= shared_bytes(shape.channels, rows, shape.tuning)  # pyright: ignore
     buffer = torch.empty(x.shape[0] * shape.outputs + 32, dtype=shape.dtype)
     y = buffer[16:-16].view(x.shape[0], shape.outputs)
     launch = projection.prepared(x, weight, threshold, y, bias)
@@ -94,19 +103,20 @@ def test_not_finite_inputs_stay_in_their_row(shape: Shape, thresholds: str, spec
 
 class TestChooseTuning:
     @pytest.mark.parametrize("largest_cluster", [1, 2])
+    @pytest.mark.parametrize("rows", ROWS)
     @pytest.mark.parametrize(("channels", "outputs"), [(4096, 14336), (14336, 4096), (28672, 8192), (18944, 3584)])
-    def test_models(self, channels: int, outputs: int, largest_cluster: int) -> None:
-        tuning = choose_rows_tuning(channels, outputs, 132, largest_cluster)
-        if channels > MOST_CHANNELS * largest_cluster:
+    def test_models(self, channels: int, outputs: int, rows: int, largest_cluster: int) -> None:
+        tuning = choose_rows_tuning(channels, outputs, rows, 132, largest_cluster)
+        if channels > MOST_CHANNELS[rows] * largest_cluster:
             assert tuning is None
         else:
             assert tuning is not None
-            assert channels // tuning.cluster <= MOST_CHANNELS
+            assert channels // tuning.cluster <= MOST_CHANNELS[rows]
             assert tuning.cluster * -(-outputs // (8 * tuning.width)) <= 2 * 132
 
     @pytest.mark.parametrize("channels", [8, 24, 4104])
     def test_it_runs(self, channels: int) -> None:
-        tuning = choose_rows_tuning(channels, 40, 4)
+        tuning = choose_rows_tuning(channels, 40, 4, 4)
         assert tuning is not None
         check(Shape(channels, 40, tuning, BRAIN), 3, "tie", bias=False)
 

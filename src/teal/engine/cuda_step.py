@@ -1,6 +1,7 @@
-"""The decode step on an NVIDIA GPU, for one sequence: five kernels a block.
+"""The decode step on an NVIDIA GPU, for one sequence: five kernels a block, one before them and one after.
 
-norm, q, k, v | rotary embedding, cache write, attention | o, residual | norm, gate, up | silu * up, down, residual
+embedding | norm, q, k, v | rotary embedding, cache write, attention | o, residual | norm, gate, up |
+silu * up, down, residual | norm, LM head
 """
 
 import ctypes
@@ -22,8 +23,20 @@ from teal.ops.cuda_weight import CudaWeight
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
 
-ATTENTION_THREADS = 512
-POSITIONS_PER_SHARE = 256  # attention splits no finer
+EMBED_THREADS, ATTENTION_THREADS = 512, 384
+UNDIVIDED = 320  # positions that one block attends to faster than several that add up their shares
+POSITIONS_PER_SHARE = 128  # attention splits no finer
+
+
+class _EmbedArguments(ctypes.Structure):
+    """`Arguments` of embed.cu."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "token", "position", "embeddings", "cosines", "sines", "hidden", "own_position", "cosine", "sine",
+        )
+    ]  # fmt: skip
 
 
 class _AttentionArguments(ctypes.Structure):
@@ -37,7 +50,7 @@ class _AttentionArguments(ctypes.Structure):
                 "keys", "values", "attended", "partial", "arrivals",
             )
         ),
-        *((name, ctypes.c_int) for name in ("capacity", "window", "positions_per_share")),
+        *((name, ctypes.c_int) for name in ("capacity", "window", "undivided", "positions_per_share")),
         ("eps", ctypes.c_float),
     ]  # fmt: skip
 
@@ -56,8 +69,7 @@ def refusal(config: EngineConfig, dtype: torch.dtype) -> str | None:
     """Why a model cannot take this step, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it computes in bfloat16 and float16, not in {dtype}"
-    lanes = config.head_dim // 8
-    if config.head_dim % 8 or lanes == 0 or 32 % lanes:
+    if config.head_dim % 16 or config.head_dim > 256:
         return f"it has no attention for heads of {config.head_dim} dimensions"
     if config.heads // config.kv_heads > 16:
         return "more than 16 query heads share a key head"
@@ -92,11 +104,20 @@ class CudaDecodeStep:
         self._project_down = Projection(inner, (hidden,), dtype, kind="gated")
         self._shares = max(1, torch.cuda.get_device_properties(device).multi_processor_count // config.kv_heads)
         group = config.heads // config.kv_heads
-        self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 2), dtype=torch.float32)
+        self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 4), dtype=torch.float32)
         self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
         self._attention = nvrtc.compile_kernel(
-            "attention.cu", "attention", attention_macros(config, dtype, self._shares), attention_shared_bytes(config)
+            "attention.cu",
+            "attention",
+            attention_macros(config, dtype, self._shares),
+            attention_shared_bytes(config, self._shares),
         )
+        macros = {
+            "BF16": dtype == torch.bfloat16, "THREADS": EMBED_THREADS, "DEPTH": 1, "CLUSTER": 1,
+            "HIDDEN": hidden, "HEAD_DIM": config.head_dim,
+        }  # fmt: skip
+        self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
+        self._project_head: Projection | None = None
         self.observed = False
         self._revision = 0
         self._tensors: list[Any] = []
@@ -105,18 +126,43 @@ class CudaDecodeStep:
     def __call__(
         self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
     ) -> Tensor:
-        if hidden.shape[0] != 1:
-            return reference_decode_step(blocks, hidden, cache, position)
-        self.refresh(blocks, cache)
-        if self.observed:
+        if hidden.shape[0] == 1:
+            self.refresh(blocks, cache)
+        if hidden.shape[0] != 1 or self.observed:
             return reference_decode_step(blocks, hidden, cache, position)
         self._hidden.copy_(hidden[0])
         for own, given in zip(self._token, position, strict=True):
             own.copy_(given.view_as(own))
-        stream = torch.cuda.current_stream().cuda_stream
-        for launch in self._launches:
-            launch.start(stream)
+        _start(self._launches)
         return self._hidden.clone()[None]
+
+    def logits(self, model: "DecoderModel", token: Tensor, position: Tensor, cache: KVCache) -> Tensor | None:
+        """See `DecoderModel.decode`: token [1] at position [1] -> logits [1, V]; None where other steps must serve."""
+        if token.shape[0] != 1:
+            return None
+        self.refresh(model.blocks, cache)
+        if self.observed:
+            return None
+        _start([self._embedding(model, token, position), *self._launches])
+        head = model.lm_head
+        if head.sparsity or head.packed.layout != CudaWeight.layout:
+            return head.decode(model.norm(self._hidden[None]))
+        logits = torch.empty(1, head.out_features, dtype=self._hidden.dtype, device=self._hidden.device)
+        if self._project_head is None:
+            sizes = head.in_features, (head.out_features,)
+            self._project_head = Projection(*sizes, logits.dtype, kind="normalized")
+        operands = [Operands(head.packed.storage[0], self._keep_all, logits[0], head.bias)]
+        _start([self._project_head.prepared(
+            self._hidden, operands, model.norm.weight, eps=self._config.rms_norm_eps, dependent=True
+        )])  # fmt: skip
+        return logits
+
+    def _embedding(self, model: "DecoderModel", token: Tensor, position: Tensor) -> nvrtc.Launch:
+        own_position, cosine, sine = self._token
+        tensors = (
+            token, position, model.embed_tokens.weight, model.cos, model.sin, self._hidden, own_position, cosine, sine,
+        )  # fmt: skip
+        return self._embed.prepared(1, EMBED_THREADS, _EmbedArguments(*(tensor.data_ptr() for tensor in tensors)))
 
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
         """Prepare the launches anew if tensors were replaced since; returns how often that was: what was captured
@@ -196,10 +242,16 @@ class CudaDecodeStep:
         arguments = _AttentionArguments(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
         arguments.capacity = cache.keys.stride(1) // attention.head_dim
         arguments.window = attention.window or 0
-        arguments.positions_per_share = POSITIONS_PER_SHARE
+        arguments.undivided, arguments.positions_per_share = UNDIVIDED, POSITIONS_PER_SHARE
         arguments.eps = self._config.rms_norm_eps
         grid = self._config.kv_heads * self._shares
         return self._attention.prepared(grid, ATTENTION_THREADS, arguments, dependent=True)
+
+
+def _start(launches: Sequence[nvrtc.Launch]) -> None:
+    stream = torch.cuda.current_stream().cuda_stream
+    for launch in launches:
+        launch.start(stream)
 
 
 def _settings(layer: SparseLinear) -> tuple[Any, ...]:
@@ -215,9 +267,9 @@ def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int) -> d
     }  # fmt: skip
 
 
-def attention_shared_bytes(config: EngineConfig) -> int:
+def attention_shared_bytes(config: EngineConfig, shares: int) -> int:
     """Size of `Shared` in attention.cu."""
-    group, warps = config.heads // config.kv_heads, ATTENTION_THREADS // 32
-    at_once = next(count for count in (4, 3, 2, 1) if group % count == 0)
-    slots = max(12 * 16 * ATTENTION_THREADS, 4 * at_once * warps * config.head_dim)
-    return slots + 4 * (group * config.head_dim + 2 * at_once * warps + config.head_dim) + 64
+    group, warps, dim = config.heads // config.kv_heads, ATTENTION_THREADS // 32, config.head_dim
+    own = max(2 * 16 * 2 * dim, 4 * group * (dim + 4))  # of a warp
+    inputs = 2 * (-(-group // 8) * 8 * (dim + 8) + 2 * dim)
+    return warps * own + inputs + 4 * group * (2 * warps + max(warps, shares) + 2) + 64

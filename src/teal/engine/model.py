@@ -95,6 +95,10 @@ class DecoderModel(nn.Module):
 
         All on the device, nothing waits for the host; the caller sees to it that positions fit the cache.
         """
+        if isinstance(self.decode_step, CudaDecodeStep):
+            logits = self.decode_step.logits(self, token, position, cache)
+            if logits is not None:
+                return logits
         at = TokenPosition(position, self.cos[position], self.sin[position])
         return self.lm_head.decode(self.norm(self.decode_step(self.blocks, self.embed_tokens(token), cache, at)))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from teal.ops import nvrtc
 
 THREADS = 1024
+CLUSTER = 8  # blocks
 
 
 class _Arguments(ctypes.Structure):
@@ -38,7 +39,9 @@ def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:
     logits, checked = logits.contiguous(), torch.empty_like(token)
     arguments = _Arguments(logits.data_ptr(), token.data_ptr(), checked.data_ptr(), invalid, logits.shape[1])
     with torch.cuda.device(logits.device):
-        macros = {"BF16": logits.dtype == torch.bfloat16, "THREADS": THREADS, "DEPTH": 1, "CLUSTER": 1}
-        kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * THREADS // 32)
-        kernel.prepared(1, THREADS, arguments).start(torch.cuda.current_stream().cuda_stream)
+        cluster = CLUSTER if nvrtc.has_clusters() else 1
+        macros = {"BF16": logits.dtype == torch.bfloat16, "THREADS": THREADS, "DEPTH": 1, "CLUSTER": cluster}
+        kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * (THREADS // 32 + cluster))
+        launch = kernel.prepared(cluster, THREADS, arguments, cluster=cluster, dependent=True)
+        launch.start(torch.cuda.current_stream().cuda_stream)
     return checked

@@ -9,9 +9,10 @@ from torch import Tensor
 from teal.ops import nvrtc
 from teal.ops.cuda_projection import MOST_SHARED_BYTES
 
-ROWS = 8  # that the kernel multiplies; fewer are filled up with zeros
+ROWS = (2, 4, 8)  # that kernels are compiled for; fewer are filled up with zeros
 STEP_BYTES = 2048  # of weights that a warp reads at a time: 16 channels of 64 columns
-MOST_CHANNELS = 8192  # of a block: what its threads' registers hold
+MOST_DEPTH = {1: 2, 2: 6}  # by the cluster: blocks that own a tile alone want less on its way
+MOST_CHANNELS = {2: 16384, 4: 16384, 8: 8192}  # of a block, by the rows: what its threads' registers hold
 THREADS = {8: 512, 16: 512, 24: 384, 32: 512}  # of a block, by the width of its tile
 
 
@@ -38,24 +39,21 @@ class _Arguments(ctypes.Structure):
 
 
 class RowsProjection:
-    """The compiled kernel for `channels` inputs and `outputs` of one projection.
+    """The compiled kernel for `channels` inputs and `outputs` of one projection, and `rows` of tokens, one of ROWS."""
 
-    Raises TealError if no tuning suits them (`choose_rows_tuning` is None).
-    """
-
-    def __init__(self, channels: int, outputs: int, dtype: torch.dtype, tuning: RowsTuning) -> None:
-        self.tuning = tuning
+    def __init__(self, channels: int, outputs: int, rows: int, dtype: torch.dtype, tuning: RowsTuning) -> None:
+        self.tuning, self.rows = tuning, rows
         self.blocks = tuning.cluster * -(-outputs // (8 * tuning.width))
         macros = {
             "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
-            "CLUSTER": tuning.cluster, "CHANNELS": channels, "TILE_WIDTH": tuning.width,
+            "CLUSTER": tuning.cluster, "CHANNELS": channels, "TILE_WIDTH": tuning.width, "TOKENS": rows,
         }  # fmt: skip
-        self.kernel = nvrtc.compile_kernel("rows.cu", "rows", macros, shared_bytes(channels, tuning))
+        self.kernel = nvrtc.compile_kernel("rows.cu", "rows", macros, shared_bytes(channels, rows, tuning))
 
     def prepared(
         self, x: Tensor, weight: Tensor, threshold: Tensor, y: Tensor, bias: Tensor | None, *, dependent: bool = False
     ) -> nvrtc.Launch:
-        """A launch for x [R, K], contiguous, 1 <= R <= 8, weight [K, N], threshold [] or [K], bias [N] -> y [R, N].
+        """A launch for x [R, K], contiguous, R <= `rows`, weight [K, N], threshold [] or [K], bias [N]; y [R, N].
 
         They must outlive it. `dependent`: see `nvrtc.Kernel.prepared`; weights and thresholds must then be older.
         """
@@ -68,32 +66,38 @@ class RowsProjection:
         )
 
 
-def shared_bytes(channels: int, tuning: RowsTuning) -> int:
+def rows_compiled(rows: int) -> int:
+    """Of the kernel that serves this many rows, at most the last of ROWS."""
+    return next(most for most in ROWS if rows <= most)
+
+
+def shared_bytes(channels: int, rows: int, tuning: RowsTuning) -> int:
     """Size of `Shared` in rows.cu."""
-    warps, received = tuning.threads // 32, 4 * ROWS * 8 * tuning.width
-    lists = (2 * ROWS + 2) * (channels // tuning.cluster + 16)
-    return STEP_BYTES * tuning.depth * warps + received + lists + 4 * warps + 16
+    warps, received = tuning.threads // 32, 4 * rows * 8 * tuning.width
+    part = channels // tuning.cluster
+    return STEP_BYTES * tuning.depth * warps + received + 2 * rows * (part + 8) + 2 * (part + 16) + 4 * warps + 48
 
 
 def choose_rows_tuning(
-    channels: int, outputs: int, multiprocessors: int, largest_cluster: int = 2
+    channels: int, outputs: int, rows: int, multiprocessors: int, largest_cluster: int = 2
 ) -> RowsTuning | None:
-    """One block for nearly every multiprocessor, and few channels for each block to list; None if these are too many.
+    """One block for nearly every multiprocessor, few channels for each block to list, and as much on its way as fits;
+    None if the channels are too many.
 
     Clusters of four and more lose a third on an H200: masking the inputs and cuBLAS are faster then.
     """
     best: tuple[float, RowsTuning] | None = None
     for cluster in range(1, largest_cluster + 1):
         for width in THREADS:
-            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS:
+            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS[rows]:
                 continue
-            for depth in (4, 3, 2):
+            for depth in range(MOST_DEPTH[cluster], 1, -1):
                 tuning = RowsTuning(width, cluster, depth)
-                if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
+                if shared_bytes(channels, rows, tuning) > MOST_SHARED_BYTES:
                     continue
                 waves = cluster * -(-outputs // (8 * width)) / multiprocessors
                 badness = (1 / waves if waves <= 1 else 2 * waves) + 0.01 * cluster
-                badness += 0.02 * (4 - depth) + 0.03 * channels / cluster / 4096
+                badness += 0.02 * (max(MOST_DEPTH.values()) - depth) + 0.03 * channels / cluster / 4096
                 if best is None or badness < best[0]:
                     best = (badness, tuning)
     return None if best is None else best[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teal.ops import nvrtc
 from teal.ops.cuda_projection import Operands, Projection, multiprocessors
-from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning
+from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.packed import ChannelMajorWeight
 from teal.ops.reference import drop_small
 
@@ -48,7 +48,7 @@ class CudaWeight(ChannelMajorWeight):
             if x.shape[0] == 1:
                 kernel = _kernel(k, n, x.dtype, device)
                 launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)], dependent=True)
-            elif (kernel := _rows_kernel(k, n, x.dtype, device)) is not None:
+            elif (kernel := _rows_kernel(k, n, rows_compiled(x.shape[0]), x.dtype, device)) is not None:
                 launch = kernel.prepared(x, self.storage[0], threshold, y, bias, dependent=True)
             else:
                 return self.dense_gemm(drop_small(x, threshold), bias)
@@ -70,7 +70,7 @@ def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Pro
 
 
 @cache
-def _rows_kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
+def _rows_kernel(channels: int, outputs: int, rows: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
     """None where a block cannot hold its part of the channels."""
-    tuning = choose_rows_tuning(channels, outputs, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
-    return None if tuning is None else RowsProjection(channels, outputs, dtype, tuning)
+    tuning = choose_rows_tuning(channels, outputs, rows, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+    return None if tuning is None else RowsProjection(channels, outputs, rows, dtype, tuning)

@@ -1,6 +1,7 @@
 // Attention of one token: rotary embedding of its queries and key (normalized first where the model does), its place in
-// the cache, and softmax over the cached positions. A block per key head and share of the positions; each of its warps
-// keeps a softmax of its own over every so many of them. The last block of a head to finish adds up the shares, in order.
+// the cache, and softmax over the cached positions. A block per key head and share of the positions; a warp takes 16 of
+// them in a step, multiplies them with all query heads by matrix instructions, and keeps a softmax of its own. The last
+// block of a head to finish adds up the shares, in order.
 //
 // The position, the rotation and what is cached were there before the token's first kernel: the first keys and values
 // are on their way while the queries are still being computed.
@@ -9,37 +10,38 @@
 
 // qkv [(HEADS + 2 KV_HEADS) * HEAD_DIM]; norms [HEAD_DIM]; cosine, sine [HEAD_DIM] at the token's position [1]; caches
 // [KV_HEADS, capacity, HEAD_DIM]; window: how many positions a token sees, 0 for all; attended [HEADS * HEAD_DIM];
-// partial and arrivals [KV_HEADS] belong to the kernel, arrivals zero before the first launch.
+// partial [KV_HEADS, MAX_SHARES, PARTIAL] and arrivals [KV_HEADS] belong to the kernel, arrivals zero before the first
+// launch.
 struct Arguments {
     const u16 *qkv, *norm_q, *norm_k, *cosine, *sine;
     const long long* position;
     u16 *keys, *values, *attended;
     float* partial;
     u32* arrivals;
-    int capacity, window, positions_per_share;
+    int capacity, window, undivided, positions_per_share;  // one block takes up to `undivided` positions
     float eps;
 };
 
 constexpr int GROUP = HEADS / KV_HEADS;          // query heads that share a key head
-constexpr int PARTIAL = GROUP * (HEAD_DIM + 2);  // what a share gives: sums, then largest scores and weights
+constexpr int EIGHTS = divided_up(GROUP, 8);     // of query heads: the columns of a product of matrices
+constexpr int CHUNKS = HEAD_DIM / 8;             // of 8 dimensions
+constexpr int TILES = HEAD_DIM / 16, STEP = 16;  // dimensions, and positions of a step, that a product takes
+constexpr int PARTIAL = GROUP * (HEAD_DIM + 4);  // what a share gives: sums, then largest scores, weights and padding
 constexpr int HALF = HEAD_DIM / 2, TURNS = divided_up(HALF, 32);
-constexpr int LANES = HEAD_DIM / 8;            // threads that hold one key or value
-constexpr int AT_ONCE = GROUP % 4 == 0 ? 4 : GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1;  // query heads of a thread
-constexpr int AT_A_TIME = 2, AHEAD = 3;        // positions that a thread takes together, and how often ahead
-constexpr int SETS = GROUP / AT_ONCE;          // warps split into sets, each for AT_ONCE heads
-constexpr int SET_WARPS = WARPS / SETS;
-constexpr int SET_LANES = SET_WARPS * 32 / LANES;  // positions that a set scores at a time
-constexpr float LEAST = -1e30f;                    // finite, so that differences are no NaN
-static_assert(SET_WARPS > 0 && 32 % LANES == 0 && HEAD_DIM % 8 == 0, "this head layout is not supported");
+constexpr int SWIZZLE = CHUNKS % 8 == 0 ? 8 : CHUNKS % 4 == 0 ? 4 : 2;  // chunks that change places
+constexpr int MOST_PARTS = WARPS > MAX_SHARES ? WARPS : MAX_SHARES;
+constexpr float LEAST = -1e30f;  // finite, so that differences are no NaN
+static_assert(HEAD_DIM % 16 == 0 && EIGHTS <= 2, "this head layout is not supported");
 
 struct Shared {
-    union {
-        uint4 slots[AHEAD][2 * AT_A_TIME][THREADS];  // of keys and values on their way; a thread uses its own only
-        float sums[AT_ONCE][SETS * SET_WARPS][HEAD_DIM];
-    };
-    alignas(16) float query[GROUP * HEAD_DIM];
-    float largest[AT_ONCE][SETS * SET_WARPS], weight[AT_ONCE][SETS * SET_WARPS];
+    union {  // a warp's own
+        uint4 slots[2][STEP][CHUNKS];      // keys and values on their way
+        float sums[GROUP][HEAD_DIM + 4];  // rows of 16 bytes, so that no two lanes meet in a bank
+    } warps[WARPS];
+    alignas(16) u16 query[8 * EIGHTS][HEAD_DIM + 8];
     alignas(16) u16 key[HEAD_DIM], value[HEAD_DIM];  // of this token
+    float largest[GROUP][WARPS], weight[GROUP][WARPS];
+    float scales[GROUP][MOST_PARTS], most[GROUP], total[GROUP];
     u32 is_last;
 };
 
@@ -56,7 +58,7 @@ struct Rotation {
                 sine[half][turn] = i < HALF ? to_float(arguments.sine[at]) : 0.f;
             }
     }
-    // A head of q or k by one warp: normalized where the model does, and rotated; put(dimension, value) takes the result.
+    // A head of q or k by one warp: normalized where the model does, and rotated; put(dimension, bits) takes the result.
     template <class Put>
     __device__ __forceinline__ void rotate(const u16* head, const u16* norm, float eps, Put put) const {
         const int lane = threadIdx.x % 32;
@@ -79,38 +81,97 @@ struct Rotation {
                 a = rounded(to_float(norm[i]) * rounded(a * scale));
                 b = rounded(to_float(norm[i + HALF]) * rounded(b * scale));
             }
-            put(i, rounded(a * cosine[0][turn] - b * sine[0][turn]));
-            put(i + HALF, rounded(b * cosine[1][turn] + a * sine[1][turn]));
+            put(i, to_bits(a * cosine[0][turn] - b * sine[0][turn]));
+            put(i + HALF, to_bits(b * cosine[1][turn] + a * sine[1][turn]));
         }
     }
 };
 
-// Softmax of one query head over the positions that a thread has seen, for 8 dimensions of the values.
+// The keys or the values of a warp's step. Chunks change places so that those of 8 positions are in different banks.
+struct Positions {
+    uint4 (*slots)[CHUNKS];
+    const u16* cache;  // [capacity, HEAD_DIM]
+    int cached, end;   // positions
+    __device__ __forceinline__ uint4* of(int row, int chunk) const { return &slots[row][chunk ^ (row % SWIZZLE)]; }
+    // Starts reading STEP positions from `first` on, if there is such a step; what is not cached is zero.
+    __device__ __forceinline__ void start(int first) const {
+        const int lane = threadIdx.x % 32;
+        const uint4* from = (const uint4*)(cache + (u64)first * HEAD_DIM);
+#pragma unroll
+        for (int task = lane; task < STEP * CHUNKS && first < end; task += 32) {
+            const int row = task / CHUNKS;
+            if (first + row < cached)
+                start_copy(of(row, task % CHUNKS), (const char*)(from + task));
+            else
+                *of(row, task % CHUNKS) = make_uint4(0, 0, 0, 0);
+        }
+        end_group();
+    }
+    __device__ __forceinline__ void put(int row, const u16* from) const {
+        for (int chunk = (int)threadIdx.x % 32; chunk < CHUNKS; chunk += 32) *of(row, chunk) = ((const uint4*)from)[chunk];
+    }
+};
+
+// A warp's softmax of 8 query heads: of two of them, 2 (lane % 4) and the next, a lane has the largest score, its own
+// part of the weights, and the sums of values [16 TILES, 8] as multiply_matrices gives them.
 struct Softmax {
-    float largest, weight, sums[8];
-    __device__ __forceinline__ void rescale(float most) {
-        const float scale = __expf(largest - most);
-        largest = most;
-        weight *= scale;
+    float largest[2] = {LEAST, LEAST}, weight[2] = {}, sums[TILES][4] = {};
+    // Takes the scores of two positions for each of the two heads, [position][head]; they become weights.
+    __device__ __forceinline__ void take(float (&scores)[4]) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) sums[i] *= scale;
+        for (int j = 0; j < 2; j++) {
+            float most = fmaxf(largest[j], fmaxf(scores[j], scores[2 + j]));
+#pragma unroll
+            for (int step = 4; step < 32; step <<= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, step));
+            const float scale = __expf(largest[j] - most);
+            largest[j] = most;
+#pragma unroll
+            for (int i = j; i < 4; i += 2) scores[i] = __expf(scores[i] - most);
+            weight[j] = weight[j] * scale + scores[j] + scores[2 + j];
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) sums[tile][j] *= scale, sums[tile][2 + j] *= scale;
+        }
     }
-    // Over the lanes of a warp that hold the same dimensions.
-    __device__ __forceinline__ void add_up() {
+    // Writes what belongs to query heads from `head` on.
+    __device__ __forceinline__ void put(int head, int warp, Shared& shared) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int step = LANES; step < 32; step <<= 1) {
-            rescale(fmaxf(largest, __shfl_xor_sync(ALL, largest, step)));
-            weight += __shfl_xor_sync(ALL, weight, step);
+        for (int j = 0; j < 2; j++) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) sums[i] += __shfl_xor_sync(ALL, sums[i], step);
+            for (int step = 4; step < 32; step <<= 1) weight[j] += __shfl_xor_sync(ALL, weight[j], step);
+            const int query = head + 2 * (lane % 4) + j;
+            if (query >= GROUP) continue;
+            if (lane < 4) shared.largest[query][warp] = largest[j], shared.weight[query][warp] = weight[j];
+            float* to = shared.warps[warp].sums[query] + lane / 4;
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) to[16 * tile] = sums[tile][j], to[16 * tile + 8] = sums[tile][2 + j];
         }
     }
 };
 
-__device__ __forceinline__ float dot(const float (&query)[8], uint4 key) {
-    return to_float(low(key.x)) * query[0] + to_float(high(key.x)) * query[1] + to_float(low(key.y)) * query[2] +
-           to_float(high(key.y)) * query[3] + to_float(low(key.z)) * query[4] + to_float(high(key.z)) * query[5] +
-           to_float(low(key.w)) * query[6] + to_float(high(key.w)) * query[7];
+// How `count` softmaxes of query head `query` become one, by one warp: what to scale them by, and the largest score and
+// the weight of all.
+template <class Largest, class Weight>
+__device__ __forceinline__ void combine(Shared& shared, int query, int count, Largest largest, Weight weight) {
+    const int lane = threadIdx.x % 32;
+    float most = LEAST, total = 0.f;
+    for (int i = lane; i < count; i += 32) most = fmaxf(most, largest(i));
+    most = warp_max(most);
+    for (int i = lane; i < count; i += 32) {
+        const float scale = __expf(largest(i) - most);
+        shared.scales[query][i] = scale;
+        total += weight(i) * scale;
+    }
+    total = warp_sum(total);
+    if (lane == 0) shared.most[query] = most, shared.total[query] = total;
+}
+
+__device__ __forceinline__ void add_scaled(float4& sum, float4 more, float scale) {
+    sum.x += more.x * scale, sum.y += more.y * scale, sum.z += more.z * scale, sum.w += more.w * scale;
+}
+__device__ __forceinline__ uint2 divided(float4 sum, float by) {
+    return make_uint2(pair_of(to_bits(sum.x / by), to_bits(sum.y / by)),
+                      pair_of(to_bits(sum.z / by), to_bits(sum.w / by)));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_constant__ Arguments arguments) {
@@ -122,44 +183,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_con
     const Rotation rotation(arguments);
     const int position = (int)*arguments.position, window = arguments.window;
     const int seen = window && position + 1 > window ? window : position + 1, oldest = position + 1 - seen;
-    int shares = smaller(MAX_SHARES, divided_up(seen, arguments.positions_per_share));
+    int shares = seen <= arguments.undivided ? 1 : smaller(MAX_SHARES, divided_up(seen, arguments.positions_per_share));
     const int per_share = divided_up(seen, shares);
     shares = divided_up(seen, per_share);  // none is empty
     if (share >= shares) return;
     const int begin = oldest + share * per_share, end = smaller(begin + per_share, position + 1);
     const bool has_token = end == position + 1;
-    const int cached = has_token ? position : end;
+    const int own = begin + warp * STEP, parts = smaller(WARPS, divided_up(end - begin, STEP));
     u16* keys = arguments.keys + (u64)head * arguments.capacity * HEAD_DIM;
     u16* values = arguments.values + (u64)head * arguments.capacity * HEAD_DIM;
-
-    const int set = warp / SET_WARPS;  // warps beyond the last whole set only keep the barriers
-    const bool works = set < SETS;
-    const int slot = ((int)threadIdx.x - set * SET_WARPS * 32) / LANES, dimension = 8 * (lane % LANES);
-    // The thread's positions are begin + slot + i SET_LANES; AT_A_TIME of them form a round.
-    const auto start = [&](int round) {
-#pragma unroll
-        for (int r = 0; r < AT_A_TIME; r++) {
-            const int p = begin + slot + (round * AT_A_TIME + r) * SET_LANES;
-            if (p >= cached) continue;
-            uint4* to = &shared.slots[round % AHEAD][2 * r][threadIdx.x];
-            start_copy(to, (const char*)(keys + (u64)p * HEAD_DIM + dimension));
-            start_copy(to + THREADS, (const char*)(values + (u64)p * HEAD_DIM + dimension));
-        }
-        end_group();
-    };
-    if (works)
-        for (int round = 0; round < AHEAD; round++) start(round);
+    const int cached = smaller(end, position);
+    const Positions step_keys{shared.warps[warp].slots[0], keys, cached, end};
+    const Positions step_values{shared.warps[warp].slots[1], values, cached, end};
+    step_keys.start(own);
+    step_values.start(own);
 
     await_previous_kernel();
     const u16 *new_key = arguments.qkv + (HEADS + head) * HEAD_DIM, *new_value = new_key + KV_HEADS * HEAD_DIM;
-    for (int task = warp; task < GROUP + 2; task += WARPS) {
+    for (int task = warp; task < 8 * EIGHTS + 2; task += WARPS) {
         if (task < GROUP)
-            rotation.rotate(
-                arguments.qkv + (head * GROUP + task) * HEAD_DIM, arguments.norm_q, arguments.eps,
-                [&](int i, float value) { shared.query[task * HEAD_DIM + i] = value * rsqrtf((float)HEAD_DIM); });
-        else if (has_token && task == GROUP)
-            rotation.rotate(new_key, arguments.norm_k, arguments.eps, [&](int i, float value) {
-                shared.key[i] = keys[(u64)position * HEAD_DIM + i] = to_bits(value);
+            rotation.rotate(arguments.qkv + (head * GROUP + task) * HEAD_DIM, arguments.norm_q, arguments.eps,
+                            [&](int i, u16 bits) { shared.query[task][i] = bits; });
+        else if (task < 8 * EIGHTS)
+            for (int i = lane; i < HEAD_DIM; i += 32) shared.query[task][i] = 0;
+        else if (has_token && task == 8 * EIGHTS)
+            rotation.rotate(new_key, arguments.norm_k, arguments.eps, [&](int i, u16 bits) {
+                shared.key[i] = keys[(u64)position * HEAD_DIM + i] = bits;
             });
         else if (has_token)
             for (int i = lane; i < HEAD_DIM; i += 32)
@@ -167,112 +216,106 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_con
     }
     __syncthreads();
 
-    Softmax softmax[AT_ONCE];
+    if (warp < parts) {
+        u32 query[EIGHTS][TILES][2];
 #pragma unroll
-    for (int g = 0; g < AT_ONCE; g++) softmax[g] = {LEAST, 0.f, {}};
-    if (works) {
-        float query[AT_ONCE][8];
+        for (int eight = 0; eight < EIGHTS; eight++)
 #pragma unroll
-        for (int g = 0; g < AT_ONCE; g++)
+            for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-            for (int i = 0; i < 8; i++) query[g][i] = shared.query[(set * AT_ONCE + g) * HEAD_DIM + dimension + i];
-        for (int round = 0; begin + round * AT_A_TIME * SET_LANES < end; round++) {
-            const int first = begin + slot + round * AT_A_TIME * SET_LANES;
-            await_groups<AHEAD - 1>();
-            float scores[AT_ONCE][AT_A_TIME];
+                for (int half = 0; half < 2; half++)
+                    query[eight][tile][half] =
+                        *(const u32*)&shared.query[8 * eight + lane / 4][16 * tile + 8 * half + 2 * (lane % 4)];
+        Softmax softmax[EIGHTS];
+        const float scale = rsqrtf((float)HEAD_DIM);
+        for (int first = own; first < end; first += WARPS * STEP) {
+            const int next = first + WARPS * STEP, token = has_token ? position - first : STEP;
+            await_groups<1>();
+            if (token < STEP) step_keys.put(token, shared.key);
+            __syncwarp();
+            float scores[EIGHTS][4] = {};
 #pragma unroll
-            for (int r = 0; r < AT_A_TIME; r++) {
-                const int p = first + r * SET_LANES;
-                const u16* own = p < cached ? (const u16*)&shared.slots[round % AHEAD][2 * r][threadIdx.x] : shared.key + dimension;
-                const uint4 key = *(const uint4*)own;
+            for (int tile = 0; tile < TILES; tile++) {
+                u32 key[4];
+                load_matrices(key, step_keys.of(lane % 16, 2 * tile + lane / 16));
 #pragma unroll
-                for (int g = 0; g < AT_ONCE; g++) {
-                    float score = dot(query[g], key);
-#pragma unroll
-                    for (int step = LANES / 2; step > 0; step >>= 1) score += __shfl_xor_sync(ALL, score, step);
-                    scores[g][r] = p < end ? score : -__uint_as_float(0x7f800000u);
-                }
+                for (int eight = 0; eight < EIGHTS; eight++) multiply_matrices(scores[eight], key, query[eight][tile]);
             }
+            __syncwarp();
+            step_keys.start(next);
+
+            u32 weights[EIGHTS][2];
 #pragma unroll
-            for (int g = 0; g < AT_ONCE; g++) {
-                float most = softmax[g].largest;
+            for (int eight = 0; eight < EIGHTS; eight++) {
+                float(&of)[4] = scores[eight];
 #pragma unroll
-                for (int r = 0; r < AT_A_TIME; r++) most = fmaxf(most, scores[g][r]);
-                softmax[g].rescale(most);
-#pragma unroll
-                for (int r = 0; r < AT_A_TIME; r++) {
-                    scores[g][r] = __expf(scores[g][r] - most);
-                    softmax[g].weight += scores[g][r];
-                }
+                for (int i = 0; i < 4; i++)
+                    of[i] = first + lane / 4 + i / 2 * 8 < end ? of[i] * scale : -__uint_as_float(0x7f800000u);
+                softmax[eight].take(of);
+                weights[eight][0] = transposed(pair_of(to_bits(of[0]), to_bits(of[1])));
+                weights[eight][1] = transposed(pair_of(to_bits(of[2]), to_bits(of[3])));
             }
+            await_groups<1>();
+            if (token < STEP) step_values.put(token, shared.value);
+            __syncwarp();
 #pragma unroll
-            for (int r = 0; r < AT_A_TIME; r++) {
-                const int p = first + r * SET_LANES;
-                if (p >= end) continue;
-                const u16* own = p < cached ? (const u16*)&shared.slots[round % AHEAD][2 * r + 1][threadIdx.x] : shared.value + dimension;
-                const uint4 value = *(const uint4*)own;
+            for (int tile = 0; tile < TILES; tile++) {
+                u32 value[4];
+                load_transposed(value, step_values.of(lane % 8 + lane / 16 * 8, 2 * tile + lane / 8 % 2));
 #pragma unroll
-                for (int g = 0; g < AT_ONCE; g++) multiply_add(softmax[g].sums, value, scores[g][r]);
+                for (int eight = 0; eight < EIGHTS; eight++)
+                    multiply_matrices(softmax[eight].sums[tile], value, weights[eight]);
             }
-            start(round + AHEAD);
+            __syncwarp();
+            step_values.start(next);
         }
         await_groups<0>();
-    }
-    __syncthreads();  // the slots become sums
-    if (works) {
+        __syncwarp();  // the slots become sums
 #pragma unroll
-        for (int g = 0; g < AT_ONCE; g++) {
-            softmax[g].add_up();
-            if (lane < LANES) {
-                float4* to = (float4*)(shared.sums[g][warp] + dimension);
-                const float(&sums)[8] = softmax[g].sums;
-                to[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-                to[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-            }
-            if (lane == 0) shared.largest[g][warp] = softmax[g].largest, shared.weight[g][warp] = softmax[g].weight;
-        }
+        for (int eight = 0; eight < EIGHTS; eight++) softmax[eight].put(8 * eight, warp, shared);
     }
+    __syncthreads();
+    for (int query = warp; query < GROUP; query += WARPS)
+        combine(shared, query, parts, [&](int i) { return shared.largest[query][i]; },
+                [&](int i) { return shared.weight[query][i]; });
     __syncthreads();
 
     float* partial = arguments.partial + (u64)head * MAX_SHARES * PARTIAL;
-    for (int task = threadIdx.x; task < GROUP * HEAD_DIM; task += THREADS) {
-        const int query = task / HEAD_DIM, g = query % AT_ONCE, first = query / AT_ONCE * SET_WARPS;
-        float largest = LEAST, weight = 0.f, sum = 0.f;
-        for (int w = first; w < first + SET_WARPS; w++) largest = fmaxf(largest, shared.largest[g][w]);
-#pragma unroll 4
-        for (int w = first; w < first + SET_WARPS; w++) {
-            const float scale = __expf(shared.largest[g][w] - largest);
-            weight += shared.weight[g][w] * scale;
-            sum += shared.sums[g][w][task % HEAD_DIM] * scale;
-        }
-        if (shares == 1) {
-            arguments.attended[head * GROUP * HEAD_DIM + task] = to_bits(sum / weight);
-            continue;
-        }
-        partial[share * PARTIAL + task] = sum;
-        if (task % HEAD_DIM == 0) {
-            partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * query] = largest;
-            partial[share * PARTIAL + GROUP * HEAD_DIM + 2 * query + 1] = weight;
-        }
+    u16* attended = arguments.attended + head * GROUP * HEAD_DIM;
+    constexpr int FOURS = HEAD_DIM / 4;  // a thread adds up 4 dimensions
+    for (int task = threadIdx.x; task < GROUP * FOURS; task += THREADS) {
+        const int query = task / FOURS;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = 0; i < parts; i++)
+            add_scaled(sum, *(const float4*)&shared.warps[i].sums[query][4 * (task % FOURS)], shared.scales[query][i]);
+        if (shares == 1)
+            ((uint2*)attended)[task] = divided(sum, shared.total[query]);
+        else
+            ((float4*)(partial + share * PARTIAL))[task] = sum;
     }
     if (shares == 1) return;
+    if ((int)threadIdx.x < GROUP) {
+        float* rest = partial + share * PARTIAL + GROUP * HEAD_DIM;
+        rest[threadIdx.x] = shared.most[threadIdx.x], rest[GROUP + threadIdx.x] = shared.total[threadIdx.x];
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) shared.is_last = atomicAdd(arguments.arrivals + head, 1u) == (u32)shares - 1;
     __syncthreads();
     if (!shared.is_last) return;
     __threadfence();
-    for (int task = threadIdx.x; task < GROUP * HEAD_DIM; task += THREADS) {
-        const int at = GROUP * HEAD_DIM + 2 * (task / HEAD_DIM);
-        float largest = LEAST, weight = 0.f, sum = 0.f;
-        for (int other = 0; other < shares; other++) largest = fmaxf(largest, load_fresh(partial + other * PARTIAL + at));
+    const float* largest = partial + GROUP * HEAD_DIM;
+    for (int query = warp; query < GROUP; query += WARPS)
+        combine(shared, query, shares, [&](int i) { return load_fresh(largest + i * PARTIAL + query); },
+                [&](int i) { return load_fresh(largest + i * PARTIAL + GROUP + query); });
+    __syncthreads();
+    for (int task = threadIdx.x; task < GROUP * FOURS; task += THREADS) {
+        const int query = task / FOURS;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-        for (int other = 0; other < shares; other++) {
-            const float scale = __expf(load_fresh(partial + other * PARTIAL + at) - largest);
-            sum += load_fresh(partial + other * PARTIAL + task) * scale;
-            weight += load_fresh(partial + other * PARTIAL + at + 1) * scale;
-        }
-        arguments.attended[head * GROUP * HEAD_DIM + task] = to_bits(sum / weight);
+        for (int i = 0; i < shares; i++)
+            add_scaled(sum, load_fresh((const float4*)(partial + i * PARTIAL) + task), shared.scales[query][i]);
+        ((uint2*)attended)[task] = divided(sum, shared.total[query]);
     }
     if (threadIdx.x == 0) arguments.arrivals[head] = 0;
 }

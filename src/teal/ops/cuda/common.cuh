@@ -59,6 +59,14 @@ __device__ __forceinline__ float load_fresh(const float* address) {
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
     return v;
 }
+__device__ __forceinline__ float4 load_fresh(const float4* address) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
 
 // Dependent launch: the kernel after this one may be set up; the results of the one before are needed from here on.
 __device__ __forceinline__ void allow_next_kernel() {
@@ -88,17 +96,31 @@ __device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void send(float*, int, float) {}
 #endif
 
-// Four 8 x 8 matrices of 16-bit numbers, transposed; a lane gives the address of one of their 32 rows. Lane l gets of
-// each the numbers [2 (l % 4)][l / 4] and [2 (l % 4) + 1][l / 4].
+// Four 8 x 8 matrices of 16-bit numbers; a lane gives the address of one of their 32 rows. Lane l gets of each the
+// numbers [l / 4][2 (l % 4)] and [l / 4][2 (l % 4) + 1]; of the transposed, [2 (l % 4)][l / 4] and [2 (l % 4) + 1][l / 4].
 __device__ __forceinline__ void load_matrices(u32 (&pairs)[4], const uint4* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                 : "r"((u32)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32 (&pairs)[4], const uint4* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
                  : "r"((u32)__cvta_generic_to_shared(row))
                  : "memory");
 }
-// sums [16, 8] += a [16, 16] b [16, 8], as load_matrices gives a and b (its first two), both transposed in memory: of
-// the sums, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
-__device__ __forceinline__ void multiply_matrices(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[4]) {
+// Such a matrix, transposed.
+__device__ __forceinline__ u32 transposed(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+// sums [16, 8] += a [16, 16] b [16, 8]: a as load_matrices gives its quarters, [0, 0], [8, 0], [0, 8] and [8, 8], and b as
+// load_transposed gives its halves, first of BS. Of the sums, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4)
+// and the next.
+template <int BS>
+__device__ __forceinline__ void multiply_matrices(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[BS]) {
 #if BF16
 #define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 #else

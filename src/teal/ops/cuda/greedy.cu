@@ -1,4 +1,4 @@
-// The most likely token, the first of equals, by one block.
+// The most likely token, the first of equals, by one cluster.
 //
 // Macros: those of common.cuh.
 
@@ -12,6 +12,7 @@ struct Arguments {
 
 struct Shared {
     u32 best[WARPS], place[WARPS];
+    float received[2][CLUSTER];  // the bits of each block's best and its place
 };
 
 constexpr u16 EXPONENT = BF16 ? 0x7f80 : 0x7c00;
@@ -37,27 +38,46 @@ struct Best {
     }
 };
 
+// Gives `bits` to the first block of the cluster.
+__device__ __forceinline__ void report(float* own, u32 bits) {
+    if (blockIdx.x == 0)
+        *own = __uint_as_float(bits);
+    else
+        send(own, 0, __uint_as_float(bits));
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_constant__ Arguments arguments) {
     extern __shared__ uint4 dynamic_shared[];
     Shared& shared = *(Shared*)dynamic_shared;
+    cluster_arrive();  // this block's memory may be written
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = arguments.count / 8;
+    const int thread = blockIdx.x * THREADS + threadIdx.x;
+    await_previous_kernel();
     Best best{0, 0xffffffffu};
 #pragma unroll 4
-    for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) {
+    for (int chunk = thread; chunk < chunks; chunk += CLUSTER * THREADS) {
         const uint4 eight = ((const uint4*)arguments.logits)[chunk];
         const u32 pairs[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
         for (int i = 0; i < 8; i++)
             best.take(rank_of(i % 2 ? high(pairs[i / 2]) : low(pairs[i / 2])), 8 * chunk + i);
     }
-    for (int i = 8 * chunks + threadIdx.x; i < arguments.count; i += THREADS) best.take(rank_of(arguments.logits[i]), i);
+    for (int i = 8 * chunks + thread; i < arguments.count; i += CLUSTER * THREADS) best.take(rank_of(arguments.logits[i]), i);
     best.over_warp();
     if (lane == 0) shared.best[warp] = best.rank, shared.place[warp] = best.place;
     __syncthreads();
-    if (warp > 0) return;
-    best = lane < WARPS ? Best{shared.best[lane], shared.place[lane]} : Best{0, 0xffffffffu};
-    best.over_warp();
-    if (lane > 0) return;
+    cluster_wait();
+    if (warp == 0) {
+        best = lane < WARPS ? Best{shared.best[lane], shared.place[lane]} : Best{0, 0xffffffffu};
+        best.over_warp();
+        if (lane == 0)
+            report(&shared.received[0][blockIdx.x], best.rank), report(&shared.received[1][blockIdx.x], best.place);
+    }
+    cluster_arrive();
+    cluster_wait();
+    if (blockIdx.x > 0 || threadIdx.x > 0) return;
+    for (int block = 0; block < CLUSTER; block++)
+        best.take(__float_as_uint(shared.received[0][block]), __float_as_uint(shared.received[1][block]));
     *arguments.token = best.place;
     *arguments.checked = best.rank == NOT_FINITE ? arguments.invalid : best.place;
 }

@@ -1,10 +1,11 @@
 // One projection of two to eight tokens: row r of y = W where(|x_r| > threshold, x_r, 0) + bias, each row with a mask of
 // its own. The channels that any row keeps are listed once and their weights read once; matrix instructions multiply
-// them with all rows, of which there are always eight, some of them zero.
+// them with all rows, of which they always take eight, some of them zero.
 //
-// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile, a multiple of 8), and those of common.cuh; DEPTH is the number of
-// steps whose weights a warp keeps in flight. A cluster owns a tile as in projection.cu. A warp takes 8 chunks of it and
-// 16 entries of the list in a step; the sums of warps and blocks are added in a fixed order.
+// Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile, a multiple of 8), TOKENS (at most so many; 2, 4 or 8), and those of
+// common.cuh; DEPTH is the number of steps whose weights a warp keeps in flight. A cluster owns a tile as in
+// projection.cu. A warp takes 8 chunks of it and 16 entries of the list in a step; the sums of warps and blocks are added
+// in a fixed order.
 
 // Weight [K, outputs], threshold [] or [K], bias [outputs] or null, x [rows, K], y [rows, outputs].
 struct Arguments {
@@ -15,10 +16,11 @@ struct Arguments {
     int outputs, threshold_each, rows;
 };
 
-constexpr int ROWS = 8, STEP = 16, CHUNKS = 8;  // rows, and list entries and chunks of a step
+constexpr int STEP = 16, CHUNKS = 8;  // list entries and chunks of a step
 constexpr int PART = CHANNELS / CLUSTER, COLUMNS = 8 * TILE_WIDTH;
 constexpr int SETS = TILE_WIDTH / CHUNKS, SET_WARPS = WARPS / SETS;  // warps that share columns
-constexpr int HEAD = PART / STEP < DEPTH * SET_WARPS ? PART / STEP * STEP : DEPTH * SET_WARPS * STEP;
+constexpr int MOST_HEAD = PART / 2 / STEP;  // steps that are read before the masks are known
+constexpr int HEAD = (MOST_HEAD < DEPTH * SET_WARPS ? MOST_HEAD : DEPTH * SET_WARPS) * STEP;
 constexpr int SHARE = COLUMNS / CLUSTER;  // columns that a block finishes
 constexpr int STRIDE = 8 * CHUNKS + 4;    // of a row among sums, so that no two lanes meet in a bank
 using PartInputs = Inputs<PART>;
@@ -27,20 +29,20 @@ static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0 && COLUMNS % CLUSTER
 struct Shared {
     union {
         uint4 slots[WARPS][DEPTH][STEP][CHUNKS];  // weights on their way
-        float sums[WARPS][ROWS][STRIDE];
+        float sums[WARPS][TOKENS][STRIDE];
     };
-    float received[CLUSTER][ROWS][SHARE];  // by the block they come from
-    uint4 inputs[PART + STEP];             // of a list entry: the rows' inputs, zero where a row drops the channel
+    float received[CLUSTER][TOKENS][SHARE];  // by the block they come from
+    alignas(16) u16 inputs[TOKENS][PART + 8];  // zero where a row drops the channel, and from PART on
+    alignas(16) u16 list[PART + STEP];         // channels
     u32 counts[WARPS];
-    u16 list[PART + STEP];  // channels
 };
 
 // The rows' inputs that a thread holds, and which of their channels are kept by which row.
 struct Rows {
-    PartInputs x[ROWS];
+    PartInputs x[TOKENS];
     __device__ __forceinline__ Rows(const Arguments& arguments, int first) {
 #pragma unroll
-        for (int row = 0; row < ROWS; row++) {
+        for (int row = 0; row < TOKENS; row++) {
 #pragma unroll
             for (int v = 0; v < PartInputs::VECTORS; v++) x[row].pairs[v] = make_uint2(0, 0);
             if (row < arguments.rows) x[row].read(arguments.x + (u64)row * CHANNELS + first);
@@ -56,7 +58,7 @@ struct Rows {
             const uint2 bounds = threshold.bounds(first + channel);
             uint2 any = make_uint2(0, 0);
 #pragma unroll
-            for (int row = 0; row < ROWS; row++) {
+            for (int row = 0; row < TOKENS; row++) {
                 uint2& pair = x[row].pairs[v];
                 const uint2 kept = row < rows ? kept_of(pair, bounds) : make_uint2(0, 0);
                 pair.x &= kept.x * 0xffffu, pair.y &= kept.y * 0xffffu;
@@ -66,27 +68,31 @@ struct Rows {
         }
         return nibbles;
     }
-    __device__ __forceinline__ uint4 of_channel(int v, int i) const {
-        return make_uint4(pair_of(x[0].get(v, i), x[1].get(v, i)), pair_of(x[2].get(v, i), x[3].get(v, i)),
-                          pair_of(x[4].get(v, i), x[5].get(v, i)), pair_of(x[6].get(v, i), x[7].get(v, i)));
+    __device__ __forceinline__ void put(Shared& shared) const {
+#pragma unroll
+        for (int v = 0; v < PartInputs::VECTORS; v++)
+#pragma unroll
+            for (int row = 0; row < TOKENS; row++)
+                if (PartInputs::channel(v) < PART) *(uint2*)&shared.inputs[row][PartInputs::channel(v)] = x[row].pairs[v];
+        if (threadIdx.x < 8)
+#pragma unroll
+            for (int row = 0; row < TOKENS; row++) shared.inputs[row][PART + threadIdx.x] = 0;
     }
 };
 
-// Lists the channels below HEAD, then the kept ones from there on, then as many of no input as fill a step. Returns the
-// number of steps.
+// Lists the channels below HEAD, then the kept ones from there on, then PART, which has no input, as often as fills a
+// step; puts the inputs beside. Returns the number of steps.
 __device__ __forceinline__ int list_union(const Arguments& arguments, Threshold threshold, int first, Shared& shared) {
     Rows rows(arguments, first);
     u32 nibbles = rows.drop(threshold, first, arguments.rows);
+    rows.put(shared);
 #pragma unroll
     for (int v = 0; v < PartInputs::VECTORS; v++) {
         const int channel = PartInputs::channel(v);  // HEAD is a multiple of 4
         if (channel >= HEAD) continue;
         nibbles &= ~(15u << (4 * v));
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            shared.list[channel + i] = (u16)(channel + i);
-            shared.inputs[channel + i] = rows.of_channel(v, i);
-        }
+        for (int i = 0; i < 4; i++) shared.list[channel + i] = (u16)(channel + i);
     }
     const Scan scan(__popc(nibbles), shared.counts);
     int next = HEAD + (int)scan.before;
@@ -94,17 +100,21 @@ __device__ __forceinline__ int list_union(const Arguments& arguments, Threshold 
     for (int v = 0; v < PartInputs::VECTORS; v++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            if (nibbles >> (4 * v + i) & 1) {
-                shared.list[next] = (u16)(PartInputs::channel(v) + i);
-                shared.inputs[next++] = rows.of_channel(v, i);
-            }
+            if (nibbles >> (4 * v + i) & 1) shared.list[next++] = (u16)(PartInputs::channel(v) + i);
     const int count = HEAD + (int)scan.total;
-    if (threadIdx.x < STEP) {
-        shared.list[count + threadIdx.x] = 0;
-        shared.inputs[count + threadIdx.x] = make_uint4(0, 0, 0, 0);
-    }
+    if (threadIdx.x < STEP) shared.list[count + threadIdx.x] = (u16)PART;
     __syncthreads();
     return divided_up(count, STEP);
+}
+
+// The inputs of a step as multiply_matrices takes them: the second matrix, of whose columns a row of tokens is one.
+__device__ __forceinline__ void read_inputs(u32 (&x)[2], const Shared& shared, int step) {
+    const int row = (int)threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const u32 two = *(const u32*)&shared.list[step * STEP + 8 * half + 2 * (threadIdx.x % 4)];
+        x[half] = row < TOKENS ? pair_of(shared.inputs[row][low(two)], shared.inputs[row][high(two)]) : 0;
+    }
 }
 
 // The weights of a warp's steps on their way: of each step a lane copies one chunk of every fourth entry. Chunks change
@@ -130,7 +140,8 @@ struct Weights {
 #pragma unroll
             for (int k = lane / CHUNKS; k < STEP; k += 32 / CHUNKS) {
                 const int entry = step * STEP + k;
-                start_copy(of(i, k, lane % CHUNKS), column + (u64)(list ? list[entry] : (u32)entry) * row_bytes);
+                const int channel = list ? smaller(list[entry], PART - 1) : entry;
+                start_copy(of(i, k, lane % CHUNKS), column + (u64)channel * row_bytes);
             }
         end_group();
     }
@@ -159,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     for (int i = 0, step = own; step < steps; i++, step += SET_WARPS) {
         await_groups<DEPTH - 1>();
         __syncwarp();
-        u32 x[4];
-        load_matrices(x, &shared.inputs[step * STEP + lane % STEP]);
+        u32 x[2];
+        read_inputs(x, shared, step);
 #pragma unroll
         for (int two = 0; two < CHUNKS; two += 2) {
             u32 pairs[4];
-            load_matrices(pairs, weights.of(i, lane % 8 + lane / 16 * 8, two + lane / 8 % 2));
+            load_transposed(pairs, weights.of(i, lane % 8 + lane / 16 * 8, two + lane / 8 % 2));
             multiply_matrices(sums[two / 2], pairs, x);
         }
         __syncwarp();
@@ -177,10 +188,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     for (int two = 0; two < CHUNKS / 2; two++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            shared.sums[warp][lane % 4 * 2 + i % 2][two * 16 + lane / 4 + i / 2 * 8] = sums[two][i];
+            if (lane % 4 * 2 < TOKENS)
+                shared.sums[warp][lane % 4 * 2 + i % 2][two * 16 + lane / 4 + i / 2 * 8] = sums[two][i];
     if (CLUSTER > 1) cluster_wait();
     __syncthreads();
-    for (int task = threadIdx.x; task < COLUMNS * ROWS; task += THREADS) {
+    for (int task = threadIdx.x; task < COLUMNS * TOKENS; task += THREADS) {
         const int c = task % COLUMNS, r = task / COLUMNS;
         if (r >= arguments.rows) break;
         float sum = 0.f;
@@ -198,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     } else {
         __syncthreads();
     }
-    for (int task = threadIdx.x; task < SHARE * ROWS; task += THREADS) {
+    for (int task = threadIdx.x; task < SHARE * TOKENS; task += THREADS) {
         const int r = task / SHARE, c = tile * COLUMNS + rank * SHARE + task % SHARE;
         if (r >= arguments.rows) break;
         if (c >= outputs) continue;
