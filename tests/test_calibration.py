@@ -130,6 +130,14 @@ class TestSameStatistics:
         with pytest.raises(TealError, match="weights of the model are on the meta device"):
             calibrate(model, TOKENS)
 
+    def test_another_default_device(self) -> None:
+        model = tiny_model()
+        want = calibrate(model, TOKENS)
+        with torch.device("meta"):
+            got = calibrate(model, TOKENS)
+        for ours, theirs in zip(got.blocks, want.blocks, strict=True):
+            assert all(torch.equal(ours[name].counts, theirs[name].counts) for name in theirs)
+
     def test_only_one_block_is_resident(self, tmp_path: Path) -> None:
         source = open_blocks(save_sharded(tmp_path))
         modules = source.structure.block_modules(source.model)

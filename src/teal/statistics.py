@@ -32,8 +32,8 @@ class InputStatistics:
 
     @classmethod
     def empty(cls, channels: int) -> "InputStatistics":
-        zeros = torch.zeros(channels, dtype=torch.float64)
-        return cls(torch.zeros(BINS, dtype=torch.int64), zeros, zeros.clone())
+        zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        return cls(torch.zeros(BINS, dtype=torch.int64, device="cpu"), zeros, zeros.clone())
 
     def add(self, x: Tensor) -> None:
         """Count activations x [..., K]. Values that are no bf16 round to one first.
