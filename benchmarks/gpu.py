@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py bandwidth kernels rows prefill triton
     python benchmarks/gpu.py kernels --published CHECKOUT_OF_FasterDecoding/TEAL
-    python benchmarks/gpu.py llama-2-7b --gpt-fast CHECKOUT_OF_gpt-fast --json llama-2-7b.json
+    python benchmarks/gpu.py llama-2-7b --gpt-fast CHECKOUT_OF_gpt-fast --published CHECKOUT_OF_FasterDecoding/TEAL
     python benchmarks/gpu.py llama-3-8b --gpt-fast CHECKOUT_OF_gpt-fast
 
 Parts run in the order given; each takes a few minutes, and ratios are always of one part. Weights are random, in
@@ -13,8 +13,10 @@ sparse, greedily. Times are medians with the lowest and highest; a row fails if 
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +60,7 @@ MODELS = {
     "llama-3-8b": {"dtype": torch.bfloat16, "contexts": (128, 2048, 8128), "gpt-fast": "llama-3-8b"},
 }
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative error of a product
+PUBLISHED_LEVELS = (0.4, 0.5)  # of the published decode loop, which compiles anew for each
 COPIES_BYTES = 1.2e9
 STEPS = 64
 
@@ -89,7 +92,7 @@ def main() -> None:
         elif part == "triton":
             results[part] = measure_triton(bandwidth)
         elif part != "bandwidth":
-            results[part] = measure_model(part, bandwidth, arguments.gpt_fast, arguments.rounds)
+            results[part] = measure_model(part, bandwidth, arguments.gpt_fast, arguments.published, arguments.rounds)
     if arguments.json:
         write_json(arguments.json, results)
 
@@ -138,7 +141,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
     """Each shape: cuBLAS, ours at every level, and the published kernel, bfloat16 (the published one in float16)."""
-    kernel = published_kernel(published) if published else None
+    kernel = published_kernels(published).splitk_sparse_gemv if published else None
     table: dict[str, Any] = {}
     print(f"\n{'N x K':<40}{'level':>6}{'cuBLAS us':>22}{'ours us':>22}{'speed-up':>9}{'of floor':>9}{'error':>9}")
     for name, (n, k) in KERNELS.items():
@@ -178,9 +181,8 @@ def check(name: str, level: float, error: float, dtype: torch.dtype) -> None:
         sys.exit(f"gpu.py: {name} at {level}: the result differs from the reference by {error:.2g}")
 
 
-def published_kernel(checkout: Path) -> Any:
-    """`splitk_sparse_gemv` of FasterDecoding/TEAL."""
-    import types
+def published_kernels(checkout: Path) -> Any:
+    """The module `kernels.sparse_gemv` of FasterDecoding/TEAL."""
 
     if "msgspec" not in sys.modules:  # its only use there is a base class
         import dataclasses
@@ -191,9 +193,7 @@ def published_kernel(checkout: Path) -> Any:
 
         sys.modules["msgspec"] = types.SimpleNamespace(Struct=Struct)  # pyright: ignore[reportArgumentType]
     sys.path[:0] = [str(checkout), str(checkout / "kernels")]
-    from kernels.sparse_gemv import splitk_sparse_gemv  # pyright: ignore[reportMissingImports]
-
-    return splitk_sparse_gemv
+    return importlib.import_module("kernels.sparse_gemv")
 
 
 def measure_published(kernel: Any, weights: list[Tensor], x: Tensor, name: str) -> dict[float, Any]:
@@ -339,8 +339,10 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
 # ---- whole models -------------------------------------------------------------------------------------------------
 
 
-def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: int) -> dict[str, Any]:
-    """Tokens per second at each context: ours dense and at each level, and gpt-fast dense, in turn."""
+def measure_model(
+    name: str, bandwidth: float, gpt_fast: Path | None, published: Path | None, rounds: int
+) -> dict[str, Any]:
+    """Tokens per second at each context: ours dense and at each level, gpt-fast dense, the published code, in turn."""
     dtype, contexts = MODELS[name]["dtype"], MODELS[name]["contexts"]
     engine = random_engine(name, max(contexts) + STEPS, dtype, "cuda")
     if not isinstance(engine.decode_step, CudaDecodeStep):
@@ -363,7 +365,12 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
         return run
 
     # Its attention reads the whole cache, so it gets one that just suffices, and is compared at the first context.
-    peer = GptFast(gpt_fast, MODELS[name]["gpt-fast"], dtype, contexts[0] + STEPS) if gpt_fast else None
+    peers: dict[str, GptFast] = {}
+    size = MODELS[name]["gpt-fast"], dtype, contexts[0] + STEPS
+    if gpt_fast:
+        peers["gpt-fast dense"] = GptFast(gpt_fast, *size)
+    if published and dtype == torch.float16:  # all that its kernels return
+        peers |= {f"published {level:.0%}": Published(published, *size, level) for level in PUBLISHED_LEVELS}
     result: dict[str, Any] = {"dtype": str(dtype), "error": error, "contexts": {}, "sparsity": {}}
     for context in contexts:
         prompt = torch.randint(engine.config.vocab_size, (context,)).tolist()
@@ -372,17 +379,20 @@ def measure_model(name: str, bandwidth: float, gpt_fast: Path | None, rounds: in
         realised = {level: realised_sparsity(engine, state, level, context) for level in LEVELS}
         rows = {f"ours {level:.0%}": (level, 0.0) for level in LEVELS} | {"ours 50%, head 50%": (0.5, 0.5)}
         runs = {label: ours(level, head, context) for label, (level, head) in rows.items()}
-        if peer and context == contexts[0]:
-            runs["gpt-fast dense"] = lambda context=context: peer.tokens_per_second(context)
+        if context == contexts[0]:
+            runs |= {
+                label: lambda peer=peer, context=context: peer.tokens_per_second(context)
+                for label, peer in peers.items()
+            }
         speeds: dict[str, list[float]] = {label: [] for label in runs}
         for _ in range(rounds):
             for label, run in runs.items():
                 speeds[label].append(run())
         result["contexts"][context] = speeds
         result["sparsity"][context] = realised
-        report(
-            engine, context, speeds, {label: (realised[rows[label][0]], rows[label][1]) for label in rows}, bandwidth
-        )
+        sparsity = {label: (realised[level], head) for label, (level, head) in rows.items()}
+        sparsity |= {label: (peer.sparsity, 0.0) for label, peer in peers.items() if peer.sparsity}
+        report(engine, context, speeds, sparsity, bandwidth)
     return result
 
 
@@ -393,7 +403,7 @@ def report(
     sparsity: dict[str, tuple[float, float]],
     bandwidth: float,
 ) -> None:
-    """`sparsity`: of the blocks, realised, and of the head, for those of ours."""
+    """`sparsity`: of the blocks, realised, and of the head, of those that have any."""
     print(f"context {context}: {'tokens/s':>40}{'of gpt-fast':>13}{'of our dense':>13}{'of floor':>10}")
     dense = statistics.median(speeds["ours 0%"])
     peer = statistics.median(speeds.get("gpt-fast dense", [float("nan")]))
@@ -449,16 +459,21 @@ def check_step(engine: DecoderModel) -> float:
 class GptFast:
     """gpt-fast's model and decode loop, compiled as its generate.py does it, on random weights."""
 
+    sparsity = 0.0
+
     def __init__(self, checkout: Path, name: str, dtype: torch.dtype, context: int) -> None:
         import torch._inductor.config
 
         torch._inductor.config.coordinate_descent_tuning = True
         torch._inductor.config.triton.unique_kernel_names = True
-        sys.path.insert(0, str(checkout))
-        from model import ModelArgs, Transformer  # pyright: ignore[reportMissingImports]
-
+        spec = importlib.util.spec_from_file_location(f"model_of_{type(self).__name__}", checkout / "model.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where the compiler looks for it
+        spec.loader.exec_module(module)
         with torch.device("meta"):
-            self.model: Any = Transformer(ModelArgs.from_name(name)).to(dtype)
+            self.model: Any = module.Transformer(module.ModelArgs.from_name(name)).to(dtype)
         self.model = self.model.to_empty(device="cuda").eval()
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -484,6 +499,60 @@ class GptFast:
 
         steps(3)
         return STEPS / elapsed(lambda: steps(STEPS)) * 1e6
+
+
+class Published(GptFast):
+    """The published decode loop: gpt-fast's, with the published kernels for the projections of its blocks.
+
+    Thresholds are quantiles of the dense model's inputs at eight tokens; `sparsity` is what they make of these tokens.
+    """
+
+    def __init__(self, checkout: Path, name: str, dtype: torch.dtype, context: int, level: float) -> None:
+        kernels = published_kernels(checkout)
+        super().__init__(checkout / "gpt-fast", name, dtype, context)
+        seen: dict[Any, list[Tensor]] = {linear: [] for linear in self._linears()}
+        self._run_eagerly(lambda linear, x: seen[linear].append(x.abs().float()))
+        thresholds = {linear: float(torch.cat(values).flatten().quantile(level)) for linear, values in seen.items()}
+        dropped: list[float] = []
+
+        def drop(linear: Any, x: Tensor) -> Tensor:
+            small = x.abs() <= thresholds[linear]
+            dropped.append(float(small.float().mean()) * linear.weight.numel())
+            return x.masked_fill(small, 0)
+
+        self._run_eagerly(drop)
+        self.sparsity = sum(dropped) / 8 / sum(linear.weight.numel() for linear in self._linears())
+        one, three = (
+            kind.initialize(kind.__name__, "cuda").operator(True)
+            for kind in (kernels.SparseGEMV, kernels.SparseQKVGEMV)
+        )
+        for layer in self.model.layers:
+            attention, mlp = layer.attention, layer.feed_forward
+            attention.gemv1, attention.gemv2, mlp.gemv1, mlp.gemv2 = three, one, one, one
+            attention.thresh_q = attention.thresh_k = attention.thresh_v = thresholds[attention.wqkv]
+            attention.thresh_o, mlp.thresh_down = thresholds[attention.wo], thresholds[mlp.w2]
+            mlp.thresh_gate, mlp.thresh_up = thresholds[mlp.w1], thresholds[mlp.w3]
+            attention.sparsity_bin = mlp.sparsity_bin = 0
+            attention.apply_monkeypatch()
+            mlp.apply_monkeypatch()
+        for linear in self._linears():
+            linear.weight.data = linear.weight.data.T.contiguous().T
+
+    def _linears(self) -> list[Any]:
+        return [
+            linear
+            for layer in self.model.layers
+            for linear in (layer.attention.wqkv, layer.attention.wo, *layer.feed_forward.children())
+        ]
+
+    @torch.no_grad()
+    def _run_eagerly(self, watch: Callable[[Any, Tensor], Tensor | None]) -> None:
+        """Eight tokens; `watch` gets every projection and its inputs, which it may replace."""
+        hooks = [linear.register_forward_pre_hook(lambda of, x: watch(of, x[0])) for linear in self._linears()]
+        for token in range(8):
+            self.model(torch.tensor([[7 + token]], device="cuda"), torch.tensor([token], device="cuda"))
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
