@@ -18,9 +18,9 @@ from teal.benchmark import Benchmark, LevelSpeed
 from teal.calibration import calibrate
 from teal.errors import TealError
 from teal.evaluation import evaluate, texts_to_json
+from teal.plan import DROP_ALL
 from teal.report_page import write_report
 from teal.samples import write_samples
-from teal.sensitivity import DROP_ALL
 from teal.structure import identify
 from teal.task_evaluation import evaluate_tasks
 from teal.tasks import CHOICE, Item, Task

@@ -7,7 +7,7 @@ from torch import Tensor
 from teal import charts, report
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation, Measurement
-from teal.plan import SparsityPlan
+from teal.plan import SparsityPlan, drops_all
 from teal.statistics import ActivationStatistics
 from teal.tuning import Tuning
 
@@ -130,7 +130,7 @@ def plan_picture(plan: SparsityPlan, level: float, name: str) -> Picture:
 def channel_picture(thresholds: Mapping[str, Tensor], plan: SparsityPlan, level: float, name: str) -> Picture:
     """The spread of what `report.channel_thresholds` gave."""
     svg = charts.spreads(
-        {at: values[(values > 0) & (values < report.NEVER_READ)].tolist() for at, values in thresholds.items()},
+        {at: values[(values > 0) & ~drops_all(values)].tolist() for at, values in thresholds.items()},
         "threshold",
         title=f"Thresholds of channels by projection at level {level:g}, {name}",
         description=f"{sum(map(len, thresholds.values()))} channels of all blocks.",
