@@ -14,9 +14,9 @@ from teal.blockwalk import open_blocks
 from teal.calibration import calibrate
 from teal.errors import UsageError
 from teal.ops.reference import keep_mask
-from teal.plan import SparsityPlan
+from teal.plan import DROP_ALL, SparsityPlan
 from teal.scores import norm_thresholds, sensitivity_thresholds
-from teal.sensitivity import BINS, DROP_ALL, Dropping, Sensitivity, SensitivityMeter, find_price
+from teal.sensitivity import BINS, Dropping, Sensitivity, SensitivityMeter, find_price
 from teal.statistics import ActivationStatistics
 from teal.structure import ModelStructure
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teal.errors import TealError
-from teal.plan import DENSE, ProjectionPlan, SparsityPlan, check_level, level_grid
+from teal.plan import DENSE, DROP_ALL, ProjectionPlan, SparsityPlan, check_level, drops_all, level_grid
 from teal.structure import ModelIdentity
 
 SHAPES = {
@@ -100,6 +100,16 @@ class TestSettings:
         between = plan.settings(0.25)[0]["mlp.down_proj"]
         assert between.threshold.tolist() == pytest.approx([0.25, DENSE, 0.4])  # the first rises from 0
         assert between.compensation.tolist() == [0.5, 1.0]
+
+    @pytest.mark.parametrize("level", [0.1 + 2e-9, 0.3, 0.5 - 2e-9, 0.5])
+    def test_what_drops_all_at_a_level_does_so_on_the_way_there(self, level: float) -> None:
+        identity = ModelIdentity("tiny", ({name: (2, 4) for name in SHAPES},))
+        threshold = torch.tensor([[DENSE, 0.5, DROP_ALL, 1.0], [DROP_ALL, DROP_ALL, DROP_ALL, 1e6]])
+        projection = ProjectionPlan((0.1, 0.5), threshold)
+        plan = SparsityPlan(identity, "weighted", (0.1, 0.5), ({name: projection for name in SHAPES},))
+        setting = plan.settings(level)[0]["mlp.down_proj"]
+        assert drops_all(setting.threshold).tolist() == [True, True, True, False]
+        assert setting.threshold.isfinite().all()
 
 
 class TestFiles:

@@ -12,13 +12,15 @@ import torch
 from helpers import byte_tokenizer, random_plan, random_tokens, tiny_model, tiny_plan
 
 from teal import report
+from teal.artifact_directory import Artifacts
 from teal.artifacts import write_json
 from teal.benchmark import Benchmark, LevelSpeed
 from teal.calibration import calibrate
 from teal.errors import TealError
 from teal.evaluation import evaluate, texts_to_json
-from teal.report_page import Artifacts, write_report, write_samples
-from teal.sensitivity import DROP_ALL
+from teal.plan import DROP_ALL
+from teal.report_page import write_report
+from teal.samples import write_samples
 from teal.structure import identify
 from teal.task_evaluation import evaluate_tasks
 from teal.tasks import CHOICE, Item, Task

@@ -145,6 +145,26 @@ class TestRuns:
         assert runs[3] == alone.runs[0]
         assert result.tasks[0].dense == alone.dense
 
+    @pytest.mark.parametrize("task", [CHOICES, WORDS, ANSWERS], ids=lambda task: task.kind)
+    def test_dense_runs_of_an_earlier_result_serve_again(self, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, levels = tiny_model(), []
+        earlier = run(model, task)
+        monkeypatch.setattr("teal.task_evaluation.apply_plan", lambda *turned: levels.append(turned[2]))
+        lent = run(model, task, dense=earlier)
+        assert set(levels) == {0.5}
+        assert lent.tasks[0].dense == earlier.tasks[0].dense
+        monkeypatch.undo()
+        assert run(model, task, dense=earlier).to_json() == earlier.to_json()
+
+    def test_dense_runs_of_something_else(self) -> None:
+        model = tiny_model()
+        earlier = run(model, CHOICES)
+        for tasks, options in (((WORDS,), {}), ((CHOICES, WORDS), {}), ((CHOICES,), {"dense_tokens": 5})):
+            with pytest.raises(UsageError, match="the dense results are of other items, another model or another rule"):
+                run(model, *tasks, **options, dense=earlier)
+        with pytest.raises(UsageError, match="the dense results are of other items"):
+            run(tiny_model(seed=1), CHOICES, plans=tiny_plan(tiny_model(seed=1)), dense=earlier)
+
     def test_a_sparse_model_keeps_its_plan_and_level(self) -> None:
         model, step = tiny_model(), random_tokens(1, 1)
         sparsify(model, tiny_plan(model), 0.6)

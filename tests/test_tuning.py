@@ -315,6 +315,21 @@ class TestTasks:
         asked = [item for half in (on.search, on.confirmation) for _, item in half]
         assert len(asked) == len({id(item) for item in asked}) == 120
 
+    def test_items_are_run_dense_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[int, bool]] = []  # items, and whether their dense runs were at hand
+
+        def counting(*arguments: Any, **options: Any) -> TaskEvaluation:
+            asked.append((sum(len(task.items) for task in arguments[2]), options["dense"] is not None))
+            return evaluate_tasks(*arguments, **options)
+
+        monkeypatch.setattr("teal.held_out.evaluate_tasks", counting)
+        found = tune_tasks(choices("few", 31), choices("many", 90, seed=1))
+        dense = sum(items for items, at_hand in asked if not at_hand)
+        searched = max(trial.sequences for trial in found.trials)
+        assert dense == searched + 60, "those that the search came to, and the other half"
+        assert sum(items for items, _ in asked) == sum(trial.sequences for trial in found.trials) + 60
+        assert len(found.trials) > 2
+
     def test_exact_answers(self) -> None:
         items = tuple(Item(((f"Question: 2 + {n}?\nAnswer:", f" {2 + n}"),)) for n in range(40))
         result = tune_tasks(Task("sums", ANSWER, items), allowed="30points", max_new_tokens=3)

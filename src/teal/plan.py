@@ -17,6 +17,8 @@ from teal.structure import ModelIdentity
 FORMAT = "teal.plan"
 VERSION = 1
 DENSE = -1.0  # a threshold that keeps everything
+DROP_ALL = torch.finfo(torch.float32).max  # one that drops everything; finite, so that plans can interpolate
+SAME_LEVEL = 1e-9  # levels no further apart are one
 
 
 def level_grid(maximum: float = 0.9, step: float = 0.05) -> tuple[float, ...]:
@@ -31,13 +33,18 @@ def check_level(level: float) -> float:
     return float(level)
 
 
+def drops_all(threshold: Tensor) -> Tensor:
+    """Where a threshold is DROP_ALL, or lies between it and another at a level that is interpolated."""
+    return threshold >= SAME_LEVEL * DROP_ALL
+
+
 @dataclass(frozen=True)
 class ProjectionPlan:
     """One projection at every level of the plan's grid.
 
     `sparsity[l]` is the share of its inputs expected to be dropped, `threshold[l]` the largest |x| dropped: a number
-    for each level, or [levels, K] in float32 where channels have thresholds of their own; DENSE keeps everything.
-    `compensation` [levels, N] (added on sparse tokens) is float32 or None.
+    for each level, or [levels, K] in float32 where channels have thresholds of their own; DENSE keeps everything,
+    DROP_ALL nothing. `compensation` [levels, N] (added on sparse tokens) is float32 or None.
     """
 
     sparsity: tuple[float, ...]
@@ -80,10 +87,10 @@ class SparsityPlan:
         lowest, highest = self.levels[0], self.levels[-1]
         if check_level(level) == 0:
             return [{name: _dense(plan) for name, plan in block.items()} for block in self.blocks]
-        if not lowest - 1e-9 <= level <= highest + 1e-9:
+        if not lowest - SAME_LEVEL <= level <= highest + SAME_LEVEL:
             raise TealError(f"the plan covers sparsity {lowest} to {highest}, got {level}; allocate with other levels")
-        above = min(bisect.bisect_left(self.levels, level - 1e-9), len(self.levels) - 1)
-        below = above if level >= self.levels[above] - 1e-9 else above - 1
+        above = min(bisect.bisect_left(self.levels, level - SAME_LEVEL), len(self.levels) - 1)
+        below = above if level >= self.levels[above] - SAME_LEVEL else above - 1
         span = self.levels[above] - self.levels[below]
         weight = (level - self.levels[below]) / span if span else 0.0
         return [

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from teal.benchmark import Benchmark
 from teal.evaluation import Evaluation
-from teal.plan import SparsityPlan
+from teal.plan import SparsityPlan, drops_all
 from teal.statistics import ActivationStatistics
 from teal.task_evaluation import Figure, TaskEvaluation, TaskResult, TaskRun
 from teal.tasks import ANSWER
 from teal.tuning import Trial, Tuning
 
-NEVER_READ = 1e30  # a threshold that no |x| exceeds, also between such a one and another
 Table = tuple[list[str], list[list[str]]]  # columns and rows
 
 
@@ -185,7 +184,7 @@ def channel_table(thresholds: dict[str, Tensor]) -> Table:
     """What `channel_thresholds` gave in numbers: channels that are always or never read, and the spread of the rest."""
     rows = []
     for name, values in thresholds.items():
-        always, never = values <= 0, values >= NEVER_READ
+        always, never = values <= 0, drops_all(values)
         between = values[~always & ~never]
         spread = between.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist() if len(between) else []
         shares = [f"{100 * float(mask.float().mean()):.1f}" for mask in (always, never)]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from teal.blockwalk import BlockSource, watch_inputs
-from teal.sensitivity import DROP_ALL, Sensitivities, Sensitivity, at_bins, cheapest_bins, find_price
+from teal.plan import DROP_ALL
+from teal.sensitivity import Sensitivities, Sensitivity, at_bins, cheapest_bins, find_price
 from teal.statistics import ActivationStatistics, InputStatistics
 from teal.structure import INPUT_OF_PROJECTION, Projection
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from teal.blockwalk import BlockSource, block_output, replace_forward, run_block
 from teal.errors import TealError
 from teal.ops.reference import keep_mask
+from teal.plan import DROP_ALL
 from teal.progress import track
 from teal.statistics import ActivationStatistics
 
 BINS = 96  # of |x| in each channel, relative to the channel's root mean square
 BINS_PER_OCTAVE = 8
 LOWEST_OCTAVE = -9
-DROP_ALL = torch.finfo(torch.float32).max  # a threshold; finite, so that plans can interpolate
 PRICE_STEPS = 28  # halvings of the range in which the logarithm of a price is sought
 COHERENCE_RANGE = (0.2, 5.0)
 

@@ -175,13 +175,15 @@ def evaluate_tasks(
     quantization: str | None = None,
     strict: bool = False,
     show_progress: bool = False,
+    dense: TaskEvaluation | None = None,
 ) -> TaskEvaluation:
     """Every task dense and with each plan at each level, `batch` texts at a time.
 
     The rule of scored tasks is that of `evaluate`: positions from `dense_tokens` on are computed as if decoded,
     context and continuation alike. Exact answers are really decoded, greedily: a dense prompt, then up to
     `max_new_tokens` sparse tokens. `model` is a transformers model, made sparse in place and left at its former
-    level, or dense; `quantization` as in `evaluate`.
+    level, or dense; `quantization` as in `evaluate`. An earlier result on the very same items, given as `dense`,
+    lends its dense runs, which are not repeated.
     Raises TealError for plans that do not fit and for texts that the model's context cannot hold, UsageError for
     a request that leaves nothing to do.
     """
@@ -199,17 +201,34 @@ def evaluate_tasks(
     identity = make_sparse(model, list(plans.values()), quantization, strict)
     runs = [_Run(name, plan, level) for name, plan in plans.items() for level in dict.fromkeys(levels)]
     ask = _Asking(model, tokenizer, dense_tokens, max_new_tokens, batch, show_progress)
+    rule = _rule(ask, quantization)
+    lent = [None] * len(tasks) if dense is None else _dense_runs(dense, tasks, rule, identity)
     with restoring(model):
-        results = [_evaluate_task(ask, task, plan_of(model), runs) for task in prepared]
-    rule = {
-        "dense_tokens": dense_tokens,
-        "scored": f"positions from {dense_tokens} on sparse, as if decoded, earlier ones dense; those that predict "
+        results = [_evaluate_task(ask, task, own, runs) for task, own in zip(prepared, lent, strict=True)]
+    return TaskEvaluation(results, rule, identity)
+
+
+def _rule(ask: "_Asking", quantization: str | None) -> dict[str, Any]:
+    """Which tokens were sparse and which counted."""
+    return {
+        "dense_tokens": ask.dense_tokens,
+        "scored": f"positions from {ask.dense_tokens} on sparse, as if decoded, earlier ones dense; those that predict "
         "the scored tokens count",
-        "written": f"prompts dense, up to {max_new_tokens} tokens decoded greedily, sparse; those count",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "written": f"prompts dense, up to {ask.max_new_tokens} tokens decoded greedily, sparse; those count",
+        "dtype": str(next(ask.model.parameters()).dtype).removeprefix("torch."),
         "weights": quantization or "as loaded",
     }
-    return TaskEvaluation(results, rule, identity)
+
+
+def _dense_runs(
+    dense: TaskEvaluation, tasks: Sequence[Task], rule: dict[str, Any], identity: ModelIdentity
+) -> list[TaskRun]:
+    """Of an earlier result, after a check that it is of such items and found in the same way."""
+    found = [(task.name, task.kind, task.items) for task in dense.tasks]
+    wanted = [(task.name, task.kind, len(task.items)) for task in tasks]
+    if found != wanted or dense.rule != rule or dense.identity != identity:
+        raise UsageError("the dense results are of other items, another model or another rule; leave them out")
+    return [task.dense for task in dense.tasks]
 
 
 @dataclass(frozen=True)
@@ -254,8 +273,8 @@ def _prepare(model: Any, tokenizer: Any, task: Task, max_new_tokens: int) -> _Pr
     return _Prepared(task, requests, shortened)
 
 
-def _evaluate_task(ask: _Asking, prepared: _Prepared, own: SparsityPlan, runs: Sequence[_Run]) -> TaskResult:
-    everything = [_Run("dense", own, 0.0), *runs]
+def _evaluate_task(ask: _Asking, prepared: _Prepared, dense: TaskRun | None, runs: Sequence[_Run]) -> TaskResult:
+    everything = [*([_Run("dense", plan_of(ask.model), 0.0)] if dense is None else []), *runs]
     meters = [SparsityMeter(ask.model) for _ in everything]
     found: list[list[Any]] = [[None] * sum(map(len, prepared.requests)) for _ in everything]
     for indices, requests in _batches(ask, prepared):
@@ -263,10 +282,11 @@ def _evaluate_task(ask: _Asking, prepared: _Prepared, own: SparsityPlan, runs: S
             apply_plan(ask.model, run.plan, run.level)
             for index, answer in zip(indices, _ask(ask, prepared.task.kind, requests, meter), strict=True):
                 answers[index] = answer
-    dense, *sparse = [
+    measured = [
         replace(_judge(prepared.task, answers), plan=run.name, level=run.level, sparsity=meter.sparsity())
         for answers, run, meter in zip(found, everything, meters, strict=True)
     ]
+    dense, *sparse = measured if dense is None else [dense, *measured]
     task = prepared.task
     return TaskResult(task.name, task.kind, len(task.items), task.shots, task.chance, prepared.shortened, dense, sparse)
 

@@ -135,13 +135,11 @@ def tune(
         for name, plan in plans.items():
             search.bisect(name, plan)
     name, confirmed, candidates = next(iter(plans)), None, []
-    evaluated = sum(2 * on.tokens(on.search[: trial.sequences]) for trial in search.trials)
     if search.best is not None:
         name = search.best.plan
         levels = _candidates(plans[name], search.best.level)
         confirmed = _measure(on, on.confirmation, name, plans[name], levels, show_progress)
         candidates = budget.trials(confirmed)
-        evaluated += on.tokens(on.confirmation) * (1 + len(levels))
     chosen = _highest_confirmed(candidates)
     level, sparsity, loss = 0.0, 0.0, PairedLoss(0.0, 0.0, LEAST)
     if chosen is not None:
@@ -149,7 +147,8 @@ def tune(
     details = on.details | ({} if quantization is None else {"weights": quantization})
     return Tuning(
         budget, name, level, sparsity, loss.mean, loss.error, loss.bound(CONFIDENCE), *_weight_bytes(model, sparsity),
-        _notes(search, candidates, level), search.trials, confirmed, evaluated, time.monotonic() - started, details,
+        _notes(search, candidates, level), search.trials, confirmed, on.tokens_read, time.monotonic() - started,
+        details,
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from teal.engine.load import load_engine
-    from teal.report_page import write_report, write_samples
+    from teal.report_page import write_report
+    from teal.samples import write_samples
     from teal.sparse_model import sparsify
 
     started = time.monotonic()
