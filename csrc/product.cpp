@@ -7,8 +7,9 @@
 namespace teal {
 namespace {
 
-constexpr int64_t kUnits = 32;             // of a large projection: enough to balance a desktop's threads
-constexpr int64_t kUnitBytes = 512 << 10;  // of a dense unit, at least
+// Units of a projection: enough to balance a desktop's threads, but each adds its sums to the others'.
+constexpr int64_t kLeastUnits = 16, kMostUnits = 32;
+constexpr int64_t kUnitBytes = 2 << 20, kLeastUnitBytes = 512 << 10;  // of a dense unit
 constexpr int64_t kLittleBytes = 256 << 10;
 
 int64_t bits(int32_t format) {
@@ -60,8 +61,9 @@ void Product::prepare(const teal_projection& projection, int32_t format, int row
   format_ = format;
   rows_ = rows;
   tiles_ = ceil_divide(weight.outputs, weight.tile_outputs);
-  const int64_t most = std::max<int64_t>(1, weight.inputs * run_bytes(weight) / kUnitBytes);
-  slices_ = std::min(ceil_divide(kUnits, tiles_), most);
+  const int64_t tile_bytes = weight.inputs * run_bytes(weight);
+  const int64_t units = std::clamp(tiles_ * tile_bytes / kUnitBytes, kLeastUnits, kMostUnits);
+  slices_ = std::clamp<int64_t>(tile_bytes / kLeastUnitBytes, 1, ceil_divide(units, tiles_));
   stride_ = tiles_ * weight.tile_outputs;
   channels_.reserve(weight.inputs + 16);
   values_.reserve(weight.inputs * rows + 16);
