@@ -17,7 +17,7 @@ import importlib.util
 import statistics
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,19 @@ def copy_bandwidth(size: int = 2 << 30) -> float:
     return 2 * size / (statistics.median(elapsed(lambda: target.copy_(source)) for _ in range(10)) * 1e-6)
 
 
-def times(calls: Sequence[Callable[[], object]], repeats: int = 20) -> list[float]:
-    """Microseconds per call of all `calls` captured in one graph, of each replay."""
+def times(calls: Mapping[Any, Sequence[Callable[[], object]]], repeats: int = 20) -> dict[Any, list[float]]:
+    """Microseconds per call of each list of `calls`, captured in a graph of its own; the graphs replay in turn."""
+    graphs = {label: captured(each) for label, each in calls.items()}
+    results: dict[Any, list[float]] = {label: [] for label in calls}
+    for repeat in range(-3, repeats):  # the first three warm up
+        for label, graph in graphs.items():
+            us = elapsed(graph.replay) / len(calls[label])
+            if repeat >= 0:
+                results[label].append(us)
+    return results
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -117,9 +128,12 @@ def times(calls: Sequence[Callable[[], object]], repeats: int = 20) -> list[floa
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    return [elapsed(graph.replay) / len(calls) for _ in range(repeats)]
+    return graph
+
+
+def started(launches: Sequence[nvrtc.Launch]) -> list[Callable[[], object]]:
+    """Calls that start them on the current stream."""
+    return [lambda launch=launch: launch.start(torch.cuda.current_stream().cuda_stream) for launch in launches]
 
 
 def elapsed(run: Callable[[], object]) -> float:
@@ -147,29 +161,39 @@ def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
     for name, (n, k) in KERNELS.items():
         weights = copies_of(n, k)
         x, y = torch.randn(k, device="cuda", dtype=torch.bfloat16), torch.empty(n, device="cuda", dtype=torch.bfloat16)
-        rows = [weight.t().contiguous() for weight in weights]
-        cublas = times([lambda x=x, w=w: F.linear(x[None], w) for w in rows])
-        del rows
+        row_major = [weight.t().contiguous() for weight in weights]
+        calls: dict[Any, Any] = {"cuBLAS": [lambda x=x, w=w: F.linear(x[None], w) for w in row_major]}
         projection = Projection(k, (n,), torch.bfloat16)
-        table[name] = {"N": n, "K": k, "cuBLAS": cublas, "ours": {}, "published": {}}
-        for level in LEVELS:
-            threshold = x.float().abs().quantile(level) if level else torch.tensor(-1.0, device="cuda")
+        table[name] = {"N": n, "K": k, "ours": {}, "published": {}}
+        thresholds = {level: threshold_of(x, level) for level in LEVELS}
+        for level, threshold in thresholds.items():
             launches = [projection.prepared(x, [Operands(w, threshold, y)], dependent=True) for w in weights]
-            ours = times([lambda one=one: one.start(torch.cuda.current_stream().cuda_stream) for one in launches])
-            error = relative_error(y, reference.sparse_gemv(x[None].float(), weights[-1].t().float(), threshold, None))
-            kept = float((x.float().abs() > threshold).float().mean())
-            table[name]["ours"][level] = {"us": ours, "error": error, "sparsity": 1 - kept}
+            calls[level] = started(launches)
+            calls[level][-1]()
+            error = relative_error(y, reference.sparse_gemv(x[None].float(), row_major[-1].float(), threshold, None))
             check(name, level, error, torch.bfloat16)
-            floor = kept * 2 * n * k / bandwidth * 1e6
+            kept = float((x.float().abs() > threshold).float().mean())
+            table[name]["ours"][level] = {"error": error, "sparsity": 1 - kept}
+        measured = times(calls)
+        del calls, row_major
+        table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
+        for level, us in measured.items():
+            row = table[name]["ours"][level]
+            row["us"] = us
+            floor = (1 - row["sparsity"]) * 2 * n * k / bandwidth * 1e6
             print(
-                f"{name + f' {n} x {k}':<40}{level:>6}{spread(cublas):>22}{spread(ours):>22}"
-                f"{statistics.median(cublas) / statistics.median(ours):>8.2f}x"
-                f"{floor / statistics.median(ours):>9.0%}{error:>9.1e}",
+                f"{name + f' {n} x {k}':<40}{level:>6}{spread(cublas):>22}{spread(us):>22}"
+                f"{statistics.median(cublas) / statistics.median(us):>8.2f}x"
+                f"{floor / statistics.median(us):>9.0%}{row['error']:>9.1e}",
                 flush=True,
             )
         if kernel:
             table[name]["published"] = measure_published(kernel, [w.half().t() for w in weights], x.half(), name)
     return table
+
+
+def threshold_of(x: Tensor, level: float) -> Tensor:
+    return x.float().abs().quantile(level) if level else torch.tensor(-1.0, device="cuda")
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -198,16 +222,19 @@ def published_kernels(checkout: Path) -> Any:
 
 def measure_published(kernel: Any, weights: list[Tensor], x: Tensor, name: str) -> dict[float, Any]:
     """Levels that the published kernel has a configuration for; microseconds and error."""
-    results: dict[float, Any] = {}
+    calls: dict[float, Any] = {}
+    errors: dict[float, float] = {}
     for level in LEVELS:
         threshold = float(x.float().abs().quantile(level)) if level else -1.0
         bin_ = int(100 * level)
         got = kernel(x[None, None], weights[0], threshold, bin_)
         want = reference.sparse_gemv(x[None].float(), weights[0].float(), torch.tensor(threshold, device="cuda"), None)
-        us = times([lambda w=w, t=threshold, b=bin_: kernel(x[None, None], w, t, b) for w in weights])
-        results[level] = {"us": us, "error": relative_error(got, want)}
+        errors[level] = relative_error(got, want)
+        calls[level] = [lambda w=w, t=threshold, b=bin_: kernel(x[None, None], w, t, b) for w in weights]
+    measured = times(calls)
+    for level, us in measured.items():
         print(f"{name + ' published kernel, fp16':<40}{level:>6}{'':>22}{spread(us):>22}", flush=True)
-    return results
+    return {level: {"us": us, "error": errors[level]} for level, us in measured.items()}
 
 
 # ---- several tokens -----------------------------------------------------------------------------------------------
@@ -237,15 +264,18 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
             kernel = RowsProjection(k, n, rows_compiled(rows), torch.bfloat16, tuning)
             x = overlapping_inputs(rows, k, overlap)
             y = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
-            cublas = times([lambda w=w, x=x: F.linear(x, w) for w in row_major])
-            masked = times([lambda w=w, x=x: F.linear(reference.drop_small(x, threshold), w) for w in row_major])
-            launches = [kernel.prepared(x, w, threshold, y, None, dependent=True) for w in weights]
-            ours = times([lambda one=one: one.start(torch.cuda.current_stream().cuda_stream) for one in launches])
+            measured = times(
+                {
+                    "cuBLAS": [lambda w=w, x=x: F.linear(x, w) for w in row_major],
+                    "masked": [lambda w=w, x=x: F.linear(reference.drop_small(x, threshold), w) for w in row_major],
+                    "ours": started([kernel.prepared(x, w, threshold, y, None, dependent=True) for w in weights]),
+                }
+            )
+            cublas, masked, ours = measured["cuBLAS"], measured["masked"], measured["ours"]
             error = relative_error(y, reference.sparse_gemv(x.float(), weights[-1].t().float(), threshold, None))
             check(f"{name}, {rows} rows", 0.5, error, torch.bfloat16)
             union = float((x != 0).any(dim=0).float().mean())
-            row = {"rows": rows, "union": union, "cuBLAS": cublas, "masked": masked, "ours": ours, "error": error}
-            table[name].append(row)
+            table[name].append({"rows": rows, "union": union, "error": error, **measured})
             floor = union * 2 * n * k / bandwidth * 1e6
             print(
                 f"{name + f' {n} x {k}':<40}{rows:>6}{union:>7.3f}{spread(cublas):>22}{statistics.median(masked):>9.1f}"
@@ -285,9 +315,14 @@ def measure_prefill() -> dict[str, Any]:
         table[name] = {}
         for tokens in (128, 512, 2048):
             x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
-            theirs = times([lambda w=w, x=x: F.linear(x, w) for w in row_major], repeats=9)
-            ours = times([lambda w=w, x=x: w.dense_gemm(x, None) for w in weights], repeats=9)
-            table[name][tokens] = {"row-major": theirs, "ours": ours}
+            measured = times(
+                {
+                    "row-major": [lambda w=w, x=x: F.linear(x, w) for w in row_major],
+                    "ours": [lambda w=w, x=x: w.dense_gemm(x, None) for w in weights],
+                }
+            )
+            table[name][tokens] = measured
+            theirs, ours = measured.values()
             ratio = statistics.median(ours) / statistics.median(theirs)
             print(
                 f"{name + f' {n} x {k}':<40}{tokens:>8}{spread(theirs):>22}{spread(ours):>22}{ratio:>8.2f}x", flush=True
@@ -310,27 +345,33 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
         weights = copies_of(n, k)
         row_major = [weight.t().contiguous() for weight in weights]
         x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-        cublas = times([lambda x=x, w=w: F.linear(x, w) for w in row_major])
-        table[name] = {"N": n, "K": k, "cuBLAS": cublas, "inputs": {}, "outputs": {}}
+        calls: dict[Any, Any] = {"cuBLAS": [lambda x=x, w=w: F.linear(x, w) for w in row_major]}
+        table[name] = {"N": n, "K": k, "inputs": {}, "outputs": {}}
         for level, of in [*((level, "inputs") for level in LEVELS), (0.5, "outputs")]:
             if of == "inputs":
-                threshold = x.float().abs().quantile(level) if level else torch.tensor(-1.0, device="cuda")
+                threshold = threshold_of(x, level)
                 kept = float((x.float().abs() > threshold).float().mean())
-                calls = [lambda x=x, w=w, t=threshold: triton_gemv(x, w, t) for w in weights]
+                calls[of, level] = [lambda x=x, w=w, t=threshold: triton_gemv(x, w, t) for w in weights]
                 want = reference.sparse_gemv(x.float(), row_major[-1].float(), threshold)
             else:
                 keep = torch.rand(n, device="cuda") < 1 - level
                 kept = float(keep.float().mean())
-                calls = [lambda x=x, w=w, keep=keep: output_sparse_gemv(x[0], w, keep) for w in row_major]
+                calls[of, level] = [lambda x=x, w=w, keep=keep: output_sparse_gemv(x[0], w, keep) for w in row_major]
                 want = reference.output_sparse_gemv(x[0].float(), row_major[-1].float(), keep)
-            error = relative_error(calls[-1](), want)
+            error = relative_error(calls[of, level][-1](), want)
             check(f"{name}, Triton", level, error, torch.bfloat16)
-            ours = times(calls)
-            table[name][of][level] = {"us": ours, "error": error, "sparsity": 1 - kept}
+            table[name][of][level] = {"error": error, "sparsity": 1 - kept}
+        measured = times(calls)
+        del calls
+        table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
+        for (of, level), us in measured.items():
+            row = table[name][of][level]
+            row["us"] = us
+            floor = (1 - row["sparsity"]) * 2 * n * k / bandwidth * 1e6
             print(
-                f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(ours):>22}"
-                f"{statistics.median(cublas) / statistics.median(ours):>8.2f}x"
-                f"{kept * 2 * n * k / bandwidth * 1e6 / statistics.median(ours):>9.0%}{error:>9.1e}",
+                f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(us):>22}"
+                f"{statistics.median(cublas) / statistics.median(us):>8.2f}x"
+                f"{floor / statistics.median(us):>9.0%}{row['error']:>9.1e}",
                 flush=True,
             )
     return table
