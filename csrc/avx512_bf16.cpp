@@ -51,7 +51,7 @@ template <int kNumRows>
 struct PairedBFloat16 : OfPairs<kNumRows> {
   using Format = BFloat16;
   using Step = Pair<kNumRows>;
-  static constexpr int rows = kNumRows, wide = 8, narrow = 2;
+  static constexpr int rows = kNumRows, wide = rows > 4 ? 2 : rows > 2 ? 4 : 8, narrow = 2;
 
   template <int kVectors>
   static void multiply(const Tile& tile, const Strip<Step>& strip, float* sums, int64_t stride, Prefetcher& prefetch) {
@@ -71,7 +71,7 @@ struct PairedBFloat16 : OfPairs<kNumRows> {
         const __m512i a = _mm512_loadu_si512(step.run + at + line * TEAL_LINE_BYTES);
         const __m512i b = _mm512_maskz_loadu_epi32(paired, step.next_run + at + line * TEAL_LINE_BYTES);
         const __m512bh halves[] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b)};
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 2
           for (int half = 0; half < 2; ++half)
@@ -81,7 +81,7 @@ struct PairedBFloat16 : OfPairs<kNumRows> {
     // Unpacking has put the first four of every eight outputs into one vector, the others into the next.
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
@@ -146,8 +146,11 @@ struct PairedInt4 : OfPairs<kNumRows> {
 
 constexpr InstructionSet with_pairs() {
   InstructionSet set = TEAL_INSTRUCTION_SET("avx512_bf16");
-  set.multiply_bfloat16[TEAL_BFLOAT16][0] = multiply_tile<PairedBFloat16<1>>;
-  set.multiply_bfloat16[TEAL_BFLOAT16][1] = multiply_tile<PairedBFloat16<2>>;
+  const MultiplyTile bfloat16[] = {
+      multiply_tile<PairedBFloat16<1>>, multiply_tile<PairedBFloat16<2>>, multiply_tile<PairedBFloat16<3>>,
+      multiply_tile<PairedBFloat16<4>>, multiply_tile<PairedBFloat16<5>>, multiply_tile<PairedBFloat16<6>>,
+      multiply_tile<PairedBFloat16<7>>, multiply_tile<PairedBFloat16<8>>};
+  for (int row = 0; row < TEAL_MAX_ROWS; ++row) set.multiply_bfloat16[TEAL_BFLOAT16][row] = bfloat16[row];
   set.multiply_bfloat16[TEAL_INT4][0] = multiply_tile<PairedInt4<1>>;
   set.multiply_bfloat16[TEAL_INT4][1] = multiply_tile<PairedInt4<2>>;
   return set;
