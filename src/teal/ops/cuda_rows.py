@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import MOST_SHARED_BYTES
+from teal.ops.cuda_projection import MOST_SHARED_BYTES, MOST_VECTORS
 
 ROWS = (2, 4, 8)  # that kernels are compiled for; fewer are filled up with zeros
 STEP_BYTES = 2048  # of weights that a warp reads at a time: 16 channels of 64 columns
@@ -89,7 +89,8 @@ def choose_rows_tuning(
     best: tuple[float, RowsTuning] | None = None
     for cluster in range(1, largest_cluster + 1):
         for width in THREADS:
-            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS[rows]:
+            held = min(MOST_CHANNELS[rows], 4 * MOST_VECTORS * THREADS[width])
+            if channels % (8 * cluster) or channels // cluster > held:
                 continue
             for depth in range(MOST_DEPTH[cluster], 1, -1):
                 tuning = RowsTuning(width, cluster, depth)
