@@ -50,6 +50,8 @@ HEADS = [
     heads(7, 1, 128, 256, 3),
     heads(16, 2, 256, 128, 2, dtype=BRAIN, qk_norm=True),
     heads(12, 1, 80, 512, 40),
+    heads(9, 1, 240, 64, 3, qk_norm=True),
+    heads(16, 1, 256, 384, 2),
 ]
 
 

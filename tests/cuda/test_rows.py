@@ -124,6 +124,14 @@ class TestChooseTuning:
                 if tuning is not None:
                     assert channels // tuning.cluster <= 4 * MOST_VECTORS * tuning.threads
 
+    @pytest.mark.parametrize("most", [99 << 10, 163 << 10])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_gpus_with_less_shared_memory(self, rows: int, most: int) -> None:
+        for channels in range(8, 32769, 1024):
+            tuning = choose_rows_tuning(channels, 4096, rows, 108, 1, most)
+            assert tuning is None or shared_bytes(channels, rows, tuning) <= most
+        assert choose_rows_tuning(4096, 4096, rows, 108, 1, 163 << 10) is not None
+
     @pytest.mark.parametrize("channels", [8, 24, 4104])
     def test_it_runs(self, channels: int) -> None:
         tuning = choose_rows_tuning(channels, 40, 4, 4)

@@ -79,7 +79,12 @@ def shared_bytes(channels: int, rows: int, tuning: RowsTuning) -> int:
 
 
 def choose_rows_tuning(
-    channels: int, outputs: int, rows: int, multiprocessors: int, largest_cluster: int = 2
+    channels: int,
+    outputs: int,
+    rows: int,
+    multiprocessors: int,
+    largest_cluster: int = 2,
+    most_shared_bytes: int = MOST_SHARED_BYTES,
 ) -> RowsTuning | None:
     """One block for nearly every multiprocessor, few channels for each block to list, and as much on its way as fits;
     None if the channels are too many.
@@ -94,7 +99,7 @@ def choose_rows_tuning(
                 continue
             for depth in range(MOST_DEPTH[cluster], 1, -1):
                 tuning = RowsTuning(width, cluster, depth)
-                if shared_bytes(channels, rows, tuning) > MOST_SHARED_BYTES:
+                if shared_bytes(channels, rows, tuning) > most_shared_bytes:
                     continue
                 waves = cluster * -(-outputs // (8 * width)) / multiprocessors
                 badness = (1 / waves if waves <= 1 else 2 * waves) + 0.01 * cluster
