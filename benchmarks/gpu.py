@@ -33,7 +33,7 @@ from teal.engine.generate import DecodeState, decode_one_token
 from teal.engine.model import DecoderModel
 from teal.engine.sampling import Sampler, SamplingConfig
 from teal.linear import sparse_layers
-from teal.ops import nvrtc, reference
+from teal.ops import cuda_greedy, nvrtc, reference
 from teal.ops.cuda_projection import Operands, Projection
 from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.cuda_weight import CudaWeight
@@ -226,7 +226,7 @@ def measure_published(kernel: Any, weights: list[Tensor], x: Tensor, name: str) 
     errors: dict[float, float] = {}
     for level in LEVELS:
         threshold = float(x.float().abs().quantile(level)) if level else -1.0
-        bin_ = int(100 * level)
+        bin_ = round(100 * level)
         got = kernel(x[None, None], weights[0], threshold, bin_)
         want = reference.sparse_gemv(x[None].float(), weights[0].float(), torch.tensor(threshold, device="cuda"), None)
         errors[level] = relative_error(got, want)
@@ -477,22 +477,34 @@ def realised_sparsity(engine: DecoderModel, state: DecodeState, level: float, co
 
 @torch.inference_mode()
 def check_step(engine: DecoderModel) -> float:
-    """The CUDA step of an engine without a plan against the reference's, on the first blocks; exits if they differ."""
+    """The CUDA step of an engine without a plan against the reference's, on the first blocks, and what is timed with
+    it: the kernels that start and end a token, and the choice of the next; exits if they differ.
+    """
     from teal.engine.cache import KVCache
     from teal.engine.decode_step import TokenPosition, reference_decode_step
 
-    blocks = engine.blocks[:2]
-    caches = [KVCache(engine.new_cache(1, 512).blocks[:2], 512) for _ in range(2)]
+    step, blocks, device = engine.decode_step, engine.blocks[:2], engine.device
+    assert isinstance(step, CudaDecodeStep)
+    part: Any = types.SimpleNamespace(
+        blocks=blocks, embed_tokens=engine.embed_tokens, cos=engine.cos, sin=engine.sin, norm=engine.norm,
+        lm_head=engine.lm_head,
+    )  # fmt: skip
+    *caches, other_token = (KVCache(engine.new_cache(1, 512).blocks[:2], 512) for _ in range(3))
     for ours, theirs in zip(*(cache.blocks for cache in caches), strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             other.copy_(mine.normal_())
     worst = 0.0
     for position in (0, 1, 127, 500):
-        at = torch.tensor([position], device="cuda")
+        at, token = torch.tensor([position], device=device), torch.tensor([3 * position + 7], device=device)
         where = TokenPosition(at, engine.cos[at], engine.sin[at])
-        hidden = torch.randn(1, engine.config.hidden_size, device="cuda", dtype=engine.dtype)
-        got = engine.decode_step(blocks, hidden, caches[0], where)
+        hidden = torch.randn(1, engine.config.hidden_size, device=device, dtype=engine.dtype)
+        got = step(blocks, hidden, caches[0], where)
         worst = max(worst, relative_error(got, reference_decode_step(blocks, hidden, caches[1], where)))
+        want = engine.lm_head.prefill(engine.norm(step(blocks, engine.embed_tokens(token), other_token, where)))
+        logits = step.logits(part, token, at, other_token)
+        if logits is None or cuda_greedy.choose(logits, token, -1).item() != logits.argmax():
+            sys.exit("gpu.py: the CUDA step does not end in the most likely token")
+        worst = max(worst, relative_error(logits, want))
     check("one decode step", 0.0, worst, engine.dtype)
     return worst
 
@@ -573,7 +585,7 @@ class Published(GptFast):
             attention.thresh_q = attention.thresh_k = attention.thresh_v = thresholds[attention.wqkv]
             attention.thresh_o, mlp.thresh_down = thresholds[attention.wo], thresholds[mlp.w2]
             mlp.thresh_gate, mlp.thresh_up = thresholds[mlp.w1], thresholds[mlp.w3]
-            attention.sparsity_bin = mlp.sparsity_bin = 0
+            attention.sparsity_bin = mlp.sparsity_bin = round(100 * level)  # what kernels are tuned for, once each
             attention.apply_monkeypatch()
             mlp.apply_monkeypatch()
         for linear in self._linears():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from teal.ops import nvrtc
+from teal.ops.cuda_projection import MOST_SHARED_BYTES
 
 HERE = Path(__file__).parent
 MULTIPROCESSORS = 4
@@ -95,4 +96,5 @@ class EmulatedDevice:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: types.SimpleNamespace(cuda_stream=0))
         monkeypatch.setattr(nvrtc, "has_clusters", lambda: clusters)
+        monkeypatch.setattr(nvrtc, "most_shared_bytes", lambda: MOST_SHARED_BYTES)
         monkeypatch.setattr(nvrtc, "compile_kernel", self.compile_kernel)

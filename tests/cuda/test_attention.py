@@ -3,6 +3,8 @@
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,8 @@ HEADS = [
     heads(7, 1, 128, 256, 3),
     heads(16, 2, 256, 128, 2, dtype=BRAIN, qk_norm=True),
     heads(12, 1, 80, 512, 40),
+    heads(9, 1, 240, 64, 3, qk_norm=True),
+    heads(16, 1, 256, 384, 2),
 ]
 
 
@@ -66,12 +70,11 @@ def check(
     orders: Sequence[int] = (0, 1, 2, 3),
 ) -> None:
     """One token at `position`; what it must not see is NaN."""
-    monkeypatch.setattr(cuda_step, "ATTENTION_THREADS", of.threads)
     config = types.SimpleNamespace(
         heads=of.heads, kv_heads=of.kv_heads, head_dim=of.head_dim, qk_norm=of.qk_norm
     )  # fmt: skip
-    macros = cuda_step.attention_macros(config, of.dtype, of.shares)  # pyright: ignore
-    shared_bytes = cuda_step.attention_shared_bytes(config, of.shares)  # pyright: ignore
+    macros = cuda_step.attention_macros(config, of.dtype, of.shares, of.threads)  # pyright: ignore
+    shared_bytes = cuda_step.attention_shared_bytes(config, of.shares, of.threads)  # pyright: ignore
     kernel = nvrtc.compile_kernel("attention.cu", "attention", macros, shared_bytes)
 
     def normal(*shape: int) -> Tensor:
@@ -158,3 +161,14 @@ def test_large_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("of", [HEADS[1], HEADS[5], HEADS[6]])
 def test_many_orders_of_the_shares(of: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     check(of, 2, 0, 1, monkeypatch, orders=range(80))
+
+
+@pytest.mark.parametrize("most", [99 << 10, 163 << 10, 227 << 10])
+def test_every_layout_fits_into_shared_memory(most: int) -> None:
+    for group, head_dim, shares in product(range(1, 17), range(16, 257, 16), (1, 16, 132)):
+        config: Any = types.SimpleNamespace(heads=group, kv_heads=1, head_dim=head_dim)
+        threads = cuda_step.attention_threads(config, shares, most)
+        assert 32 < threads <= cuda_step.ATTENTION_THREADS
+        assert cuda_step.attention_shared_bytes(config, shares, threads) <= most
+        if most == 227 << 10:
+            assert threads == cuda_step.ATTENTION_THREADS

@@ -36,6 +36,9 @@ def test_the_first_of_equals(dtype: torch.dtype) -> None:
     assert choose(logits) == (0, 0)
     logits[[17, 4000, 8999]] = 0.5
     assert choose(logits) == (17, 17)
+    logits[:] = 0.0
+    logits[:3000] = -0.0
+    assert choose(logits) == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)

@@ -1,6 +1,7 @@
 """ops/cuda/rows.cu against ops/reference.py, in the reference's bits (see exact.py), and the layout that chooses it."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from exact import BRAIN, HALF, INFINITY, integers, threshold_of
 from torch import Tensor
 
 from teal.ops import reference
+from teal.ops.cuda_projection import MOST_VECTORS
 from teal.ops.cuda_rows import (
     MOST_CHANNELS,
     ROWS,
@@ -113,6 +115,22 @@ class TestChooseTuning:
             assert tuning is not None
             assert channels // tuning.cluster <= MOST_CHANNELS[rows]
             assert tuning.cluster * -(-outputs // (8 * tuning.width)) <= 2 * 132
+
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_threads_hold_their_channels(self, rows: int) -> None:
+        for channels, outputs in product(range(8, 32769, 1024), range(1024, 40001, 512)):
+            for largest_cluster in (1, 2):
+                tuning = choose_rows_tuning(channels, outputs, rows, 132, largest_cluster)
+                if tuning is not None:
+                    assert channels // tuning.cluster <= 4 * MOST_VECTORS * tuning.threads
+
+    @pytest.mark.parametrize("most", [99 << 10, 163 << 10])
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_gpus_with_less_shared_memory(self, rows: int, most: int) -> None:
+        for channels in range(8, 32769, 1024):
+            tuning = choose_rows_tuning(channels, 4096, rows, 108, 1, most)
+            assert tuning is None or shared_bytes(channels, rows, tuning) <= most
+        assert choose_rows_tuning(4096, 4096, rows, 108, 1, 163 << 10) is not None
 
     @pytest.mark.parametrize("channels", [8, 24, 4104])
     def test_it_runs(self, channels: int) -> None:

@@ -106,11 +106,12 @@ class CudaDecodeStep:
         group = config.heads // config.kv_heads
         self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 4), dtype=torch.float32)
         self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
+        self._attention_threads = attention_threads(config, self._shares, nvrtc.most_shared_bytes())
         self._attention = nvrtc.compile_kernel(
             "attention.cu",
             "attention",
-            attention_macros(config, dtype, self._shares),
-            attention_shared_bytes(config, self._shares),
+            attention_macros(config, dtype, self._shares, self._attention_threads),
+            attention_shared_bytes(config, self._shares, self._attention_threads),
         )
         macros = {
             "BF16": dtype == torch.bfloat16, "THREADS": EMBED_THREADS, "DEPTH": 1, "CLUSTER": 1,
@@ -245,7 +246,7 @@ class CudaDecodeStep:
         arguments.undivided, arguments.positions_per_share = UNDIVIDED, POSITIONS_PER_SHARE
         arguments.eps = self._config.rms_norm_eps
         grid = self._config.kv_heads * self._shares
-        return self._attention.prepared(grid, ATTENTION_THREADS, arguments, dependent=True)
+        return self._attention.prepared(grid, self._attention_threads, arguments, dependent=True)
 
 
 def _start(launches: Sequence[nvrtc.Launch]) -> None:
@@ -259,17 +260,27 @@ def _settings(layer: SparseLinear) -> tuple[Any, ...]:
     return layer.threshold, layer.sparse_bias, layer.always_dense
 
 
-def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int) -> dict[str, object]:
+def attention_threads(config: EngineConfig, shares: int, most_shared_bytes: int) -> int:
+    """ATTENTION_THREADS, or as many as a GPU with less shared memory can run."""
+    fitting = (
+        threads
+        for threads in range(ATTENTION_THREADS, 32, -32)
+        if attention_shared_bytes(config, shares, threads) <= most_shared_bytes
+    )
+    return next(fitting, 32)
+
+
+def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int, threads: int) -> dict[str, object]:
     return {
-        "BF16": dtype == torch.bfloat16, "THREADS": ATTENTION_THREADS, "DEPTH": 1, "CLUSTER": 1,
+        "BF16": dtype == torch.bfloat16, "THREADS": threads, "DEPTH": 1, "CLUSTER": 1,
         "HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim,
         "NORM_QK": config.qk_norm, "MAX_SHARES": shares,
     }  # fmt: skip
 
 
-def attention_shared_bytes(config: EngineConfig, shares: int) -> int:
+def attention_shared_bytes(config: EngineConfig, shares: int, threads: int) -> int:
     """Size of `Shared` in attention.cu."""
-    group, warps, dim = config.heads // config.kv_heads, ATTENTION_THREADS // 32, config.head_dim
+    group, warps, dim = config.heads // config.kv_heads, threads // 32, config.head_dim
     own = max(2 * 16 * 2 * dim, 4 * group * (dim + 4))  # of a warp
     inputs = 2 * (-(-group // 8) * 8 * (dim + 8) + 2 * dim)
     return warps * own + inputs + 4 * group * (2 * warps + max(warps, shares) + 2) + 64

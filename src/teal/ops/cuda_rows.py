@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import MOST_SHARED_BYTES
+from teal.ops.cuda_projection import MOST_SHARED_BYTES, MOST_VECTORS
 
 ROWS = (2, 4, 8)  # that kernels are compiled for; fewer are filled up with zeros
 STEP_BYTES = 2048  # of weights that a warp reads at a time: 16 channels of 64 columns
@@ -79,7 +79,12 @@ def shared_bytes(channels: int, rows: int, tuning: RowsTuning) -> int:
 
 
 def choose_rows_tuning(
-    channels: int, outputs: int, rows: int, multiprocessors: int, largest_cluster: int = 2
+    channels: int,
+    outputs: int,
+    rows: int,
+    multiprocessors: int,
+    largest_cluster: int = 2,
+    most_shared_bytes: int = MOST_SHARED_BYTES,
 ) -> RowsTuning | None:
     """One block for nearly every multiprocessor, few channels for each block to list, and as much on its way as fits;
     None if the channels are too many.
@@ -89,11 +94,12 @@ def choose_rows_tuning(
     best: tuple[float, RowsTuning] | None = None
     for cluster in range(1, largest_cluster + 1):
         for width in THREADS:
-            if channels % (8 * cluster) or channels // cluster > MOST_CHANNELS[rows]:
+            held = min(MOST_CHANNELS[rows], 4 * MOST_VECTORS * THREADS[width])
+            if channels % (8 * cluster) or channels // cluster > held:
                 continue
             for depth in range(MOST_DEPTH[cluster], 1, -1):
                 tuning = RowsTuning(width, cluster, depth)
-                if shared_bytes(channels, rows, tuning) > MOST_SHARED_BYTES:
+                if shared_bytes(channels, rows, tuning) > most_shared_bytes:
                     continue
                 waves = cluster * -(-outputs // (8 * width)) / multiprocessors
                 badness = (1 / waves if waves <= 1 else 2 * waves) + 0.01 * cluster

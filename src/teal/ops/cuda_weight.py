@@ -72,5 +72,6 @@ def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Pro
 @cache
 def _rows_kernel(channels: int, outputs: int, rows: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
     """None where a block cannot hold its part of the channels."""
-    tuning = choose_rows_tuning(channels, outputs, rows, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+    largest_cluster = 2 if nvrtc.has_clusters() else 1
+    tuning = choose_rows_tuning(channels, outputs, rows, multiprocessors(), largest_cluster, nvrtc.most_shared_bytes())
     return None if tuning is None else RowsProjection(channels, outputs, rows, dtype, tuning)

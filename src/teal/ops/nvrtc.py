@@ -79,6 +79,15 @@ def has_clusters() -> bool:
 
 
 @cache
+def most_shared_bytes() -> int:
+    """Shared memory that a block may use on the current device."""
+    driver = _bindings("driver")
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    device = _check(driver.cuDeviceGet(torch.cuda.current_device()))
+    return int(_check(driver.cuDeviceGetAttribute(attribute, device)))
+
+
+@cache
 def unavailable() -> str | None:
     """Why CUDA C++ kernels cannot run here, or None if they can."""
     if not torch.cuda.is_available():

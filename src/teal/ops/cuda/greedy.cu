@@ -21,6 +21,7 @@ constexpr u32 NOT_FINITE = 0x10000;  // ranks above every number
 // Orders 16-bit numbers as unsigned ones.
 __device__ __forceinline__ u32 rank_of(u16 bits) {
     if ((bits & EXPONENT) == EXPONENT) return NOT_FINITE;
+    if ((bits & 0x7fff) == 0) return 0x8000;  // zeros are equal
     return bits & 0x8000 ? (u16)~bits : (bits | 0x8000);
 }
 
