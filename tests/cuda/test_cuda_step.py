@@ -113,6 +113,7 @@ def test_other_steps_give_the_logits_of_several_sequences_and_of_watched_layers(
     both = Both(engine_of("llama-biases", HALF, monkeypatch))
     engine, one, two = both.engine, torch.tensor([1]), torch.tensor([1, 2])
     assert both.step.logits(engine, two, two, engine.new_cache(2)) is None
+    assert both.step.logits(engine, one.int(), one, both.view) is None
     engine.blocks[0].mlp.up_proj.observer = lambda x: None
     assert both.step.logits(engine, one, one, both.view) is None
 

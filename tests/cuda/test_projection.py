@@ -226,7 +226,24 @@ def test_thresholds_at_the_ends_of_the_format(index: int) -> None:
 @pytest.mark.parametrize("clusters", [1, 2])
 def test_the_chosen_tuning(channels: int, outputs: tuple[int, ...], kind: str, clusters: int) -> None:
     tuning = choose_tuning(channels, outputs, 4, clusters)
+    assert tuning is not None
     shape = Shape(channels, outputs, tuning, BRAIN, kind)
+    check_exact(shape, exact_problem(shape, "mixed", "bias"))
+
+
+@pytest.mark.parametrize(("channels", "most_shared_bytes"), [(14336, 99 << 10), (28672, 163 << 10), (32768, 227 << 10)])
+def test_a_tuning_for_many_channels_fits_the_gpu(channels: int, most_shared_bytes: int) -> None:
+    tuning = choose_tuning(channels, (4096,), 84, 1, most_shared_bytes)
+    assert tuning is not None
+    assert shared_bytes(channels, tuning) <= most_shared_bytes
+
+
+def test_too_many_channels_for_a_gpu() -> None:
+    assert choose_tuning(28672, (8192,), 84, 1, 99 << 10) is None
+
+
+def test_many_threads_with_little_on_its_way() -> None:
+    shape = Shape(200, (160,), Tuning(10, 1, threads=1024, depth=2), HALF, "plain")
     check_exact(shape, exact_problem(shape, "mixed", "bias"))
 
 

@@ -139,7 +139,9 @@ class CudaDecodeStep:
 
     def logits(self, model: "DecoderModel", token: Tensor, position: Tensor, cache: KVCache) -> Tensor | None:
         """See `DecoderModel.decode`: token [1] at position [1] -> logits [1, V]; None where other steps must serve."""
-        if token.shape[0] != 1:
+        if any(
+            of.shape != (1,) or of.dtype != torch.int64 or of.device != self._hidden.device for of in (token, position)
+        ):
             return None
         self.refresh(model.blocks, cache)
         if self.observed:

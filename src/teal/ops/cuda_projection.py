@@ -3,15 +3,17 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from teal.errors import TealError
 from teal.ops import nvrtc
 
 KINDS = ("plain", "normalized", "gated")  # of inputs, in the order of projection.cu
 MOST_VECTORS = 8  # of 4 input channels that a thread holds
-MOST_SHARED_BYTES = 227 << 10  # that a block may use on the GPUs of today
+MOST_SHARED_BYTES = 227 << 10  # that a block may use on an H100
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Projection:
         kind: str = "plain",
         tuning: Tuning | None = None,
     ) -> None:
-        self.tuning = tuning or choose_tuning(channels, outputs, multiprocessors(), 2 if nvrtc.has_clusters() else 1)
+        self.tuning = tuning or tuning_here(channels, outputs)
         self.macros = {
             **_tuning_macros(self.tuning, dtype), "CHANNELS": channels, "INPUT": KINDS.index(kind),
         }  # fmt: skip
@@ -139,8 +141,24 @@ def shared_bytes(channels: int, tuning: Tuning) -> int:
     return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * entries + 64
 
 
-def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, largest_cluster: int = 2) -> Tuning:
-    """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together.
+def tuning_here(channels: int, outputs: Sequence[int]) -> Tuning:
+    """On the current device. Raises TealError if a block cannot hold its part of so many channels."""
+    largest_cluster = 2 if nvrtc.has_clusters() else 1
+    tuning = choose_tuning(channels, outputs, multiprocessors(), largest_cluster, nvrtc.most_shared_bytes())
+    if tuning is None:
+        raise TealError(f"this GPU's shared memory does not hold a list of {channels} input channels")
+    return tuning
+
+
+def choose_tuning(
+    channels: int,
+    outputs: Sequence[int],
+    multiprocessors: int,
+    largest_cluster: int = 2,
+    most_shared_bytes: int = MOST_SHARED_BYTES,
+) -> Tuning | None:
+    """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together;
+    None if the channels are too many.
 
     Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes and more do,
     consecutive kernels overlap best when each has one block on every multiprocessor, and blocks that own a tile alone
@@ -148,17 +166,16 @@ def choose_tuning(channels: int, outputs: Sequence[int], multiprocessors: int, l
     """
     best: tuple[float, Tuning] | None = None
     for cluster in range(1, largest_cluster + 1):
-        for width in range(8, 33, 2):
-            tuning = Tuning(width, cluster, depth=6 if cluster == 1 else 8)
-            if channels % (8 * cluster) or -(-channels // (4 * cluster * tuning.threads)) > MOST_VECTORS:
+        for width, (threads, depth) in product(range(8, 33, 2), ((512, 6 if cluster == 1 else 8), (512, 4), (1024, 2))):
+            tuning = Tuning(width, cluster, threads, depth)
+            if channels % (8 * cluster) or -(-channels // (4 * cluster * threads)) > MOST_VECTORS:
                 continue
-            if shared_bytes(channels, tuning) > MOST_SHARED_BYTES:
+            if shared_bytes(channels, tuning) > most_shared_bytes or 8 * width > 128 * depth:
                 continue
             waves = blocks_of(outputs, tuning) / multiprocessors
             unaligned = 0.3 if width % 4 else 0.2 if width % 8 else 0
             badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + 0.01 * cluster
+            badness += 0 if threads == 512 and depth > 4 else 10  # where nothing else fits
             if best is None or badness < best[0]:
                 best = (badness, tuning)
-    if best is None:
-        return Tuning(8, largest_cluster, threads=1024, depth=4)
-    return best[1]
+    return None if best is None else best[1]

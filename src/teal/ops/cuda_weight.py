@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from teal.errors import TealError
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import Operands, Projection, multiprocessors
+from teal.ops.cuda_projection import Operands, Projection, multiprocessors, tuning_here
 from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.packed import ChannelMajorWeight
 from teal.ops.reference import drop_small
@@ -35,11 +36,18 @@ class CudaWeight(ChannelMajorWeight):
             return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
         if n % 8 or k % 8 or k > 32768:
             return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
+        try:
+            with torch.cuda.device(weight.device):
+                tuning_here(k, (n,))
+        except TealError as error:
+            return str(error)
         return None
 
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
         n, k = self.shape
         x = x.contiguous()
+        if x.data_ptr() % 8:  # the kernels read four inputs at a time
+            x = x.clone()
         y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
         if x.shape[0] == 0:
             return y
@@ -47,9 +55,9 @@ class CudaWeight(ChannelMajorWeight):
             device = torch.cuda.current_device()
             if x.shape[0] == 1:
                 kernel = _kernel(k, n, x.dtype, device)
-                launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)], dependent=True)
+                launch = kernel.prepared(x[0], [Operands(self.storage[0], threshold, y[0], bias)])
             elif (kernel := _rows_kernel(k, n, rows_compiled(x.shape[0]), x.dtype, device)) is not None:
-                launch = kernel.prepared(x, self.storage[0], threshold, y, bias, dependent=True)
+                launch = kernel.prepared(x, self.storage[0], threshold, y, bias)
             else:
                 return self.dense_gemm(drop_small(x, threshold), bias)
             launch.start(torch.cuda.current_stream().cuda_stream)

@@ -1,6 +1,7 @@
 // One projection of two to eight tokens: row r of y = W where(|x_r| > threshold, x_r, 0) + bias, each row with a mask of
 // its own. The channels that any row keeps are listed once and their weights read once; matrix instructions multiply
-// them with all rows, of which they always take eight, some of them zero.
+// them with all rows, of which they always take eight, some of them zero: a weight that is not finite makes every row NaN,
+// also one that drops its channel.
 //
 // Macros: CHANNELS (K), TILE_WIDTH (chunks of a tile, a multiple of 8), TOKENS (at most so many; 2, 4 or 8), and those of
 // common.cuh; DEPTH is the number of steps whose weights a warp keeps in flight. A cluster owns a tile as in
