@@ -147,6 +147,16 @@ class CudaDecodeStep:
         if self.observed:
             return None
         _start([self._embedding(model, token, position), *self._launches])
+        return self._head(model)
+
+    def _embedding(self, model: "DecoderModel", token: Tensor, position: Tensor) -> nvrtc.Launch:
+        own_position, cosine, sine = self._token
+        tensors = (
+            token, position, model.embed_tokens.weight, model.cos, model.sin, self._hidden, own_position, cosine, sine,
+        )  # fmt: skip
+        return self._embed.prepared(1, EMBED_THREADS, _EmbedArguments(*(tensor.data_ptr() for tensor in tensors)))
+
+    def _head(self, model: "DecoderModel") -> Tensor:
         head = model.lm_head
         if head.sparsity or head.packed.layout != CudaWeight.layout:
             return head.decode(model.norm(self._hidden[None]))
@@ -159,13 +169,6 @@ class CudaDecodeStep:
             self._hidden, operands, model.norm.weight, eps=self._config.rms_norm_eps, dependent=True
         )])  # fmt: skip
         return logits
-
-    def _embedding(self, model: "DecoderModel", token: Tensor, position: Tensor) -> nvrtc.Launch:
-        own_position, cosine, sine = self._token
-        tensors = (
-            token, position, model.embed_tokens.weight, model.cos, model.sin, self._hidden, own_position, cosine, sine,
-        )  # fmt: skip
-        return self._embed.prepared(1, EMBED_THREADS, _EmbedArguments(*(tensor.data_ptr() for tensor in tensors)))
 
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
         """Prepare the launches anew if tensors were replaced since; returns how often that was: what was captured
