@@ -36,12 +36,23 @@ struct OfPairs {
   static constexpr bool has_single = false;
   static Step step(const Tile& tile, const Kept& kept, int64_t i, int64_t end) { return {tile, kept, i, end}; }
 
-  template <int kLines>
-  static void prefetch(const Step& soon, int64_t at, Prefetcher& prefetcher) {
-    prefetcher.template advance<kLines>();
-    prefetcher.template advance<kLines>();
-    ask<kLines>(soon.run + at);
-    ask<kLines>(soon.next_run + at);
+  // Calls `multiply(step, x)` for each pair of a strip, with the inputs of all rows, and asks for what comes later:
+  // `soon` is where in its run.
+  template <int kLines, class Function>
+  static inline void each(const Strip<Step>& strip, int64_t soon, Prefetcher& prefetch, Function multiply) {
+    Prefetcher prefetcher = prefetch;  // a copy can be kept in registers
+    const Block<Step>& block = *strip.block;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const Step& step = block.steps[i];
+      prefetcher.template advance<kLines>();
+      prefetcher.template advance<kLines>();
+      ask<kLines>(strip.soon[i].run + soon);
+      ask<kLines>(strip.soon[i].next_run + soon);
+      __m512bh x[rows];
+      for (int row = 0; row < rows; ++row) x[row] = (__m512bh)_mm512_set1_epi32(int(step.x[row]));
+      multiply(step, x);
+    }
+    prefetch = prefetcher;
   }
 };
 
@@ -56,15 +67,9 @@ struct PairedBFloat16 : OfPairs<kNumRows> {
   template <int kVectors>
   static void multiply(const Tile& tile, const Strip<Step>& strip, float* sums, int64_t stride, Prefetcher& prefetch) {
     constexpr int kLines = kVectors / 2;
-    Prefetcher prefetcher = prefetch;
-    const Block<Step>& block = *strip.block;
     const int64_t first = strip.first, at = bytes<BFloat16>(first), soon = bytes<BFloat16>(strip.soon_first);
     __m512 sum[rows][kVectors] = {};
-    for (int64_t i = 0; i < block.count; ++i) {
-      const Step& step = block.steps[i];
-      OfPairs<rows>::template prefetch<kLines>(strip.soon[i], soon, prefetcher);
-      __m512bh x[rows];
-      for (int row = 0; row < rows; ++row) x[row] = (__m512bh)_mm512_set1_epi32(int(step.x[row]));
+    const auto pair = [&](const Step& step, const __m512bh(&x)[rows]) {
       const __mmask16 paired = step.single ? 0 : 0xffff;  // a weight that is not finite must not meet a zero
 #pragma GCC unroll 4
       for (int line = 0; line < kLines; ++line) {
@@ -77,7 +82,8 @@ struct PairedBFloat16 : OfPairs<kNumRows> {
           for (int half = 0; half < 2; ++half)
             sum[row][2 * line + half] = _mm512_dpbf16_ps(sum[row][2 * line + half], halves[half], x[row]);
       }
-    }
+    };
+    OfPairs<rows>::template each<kLines>(strip, soon, prefetch, pair);
     // Unpacking has put the first four of every eight outputs into one vector, the others into the next.
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -89,7 +95,6 @@ struct PairedBFloat16 : OfPairs<kNumRows> {
         float* to = sums + row * stride + (first + v) * kWidth;
         (Vector::load(to) + Vector{_mm512_permutex2var_ps(of[0], v % 2 ? high : low, of[1])}).store(to);
       }
-    prefetch = prefetcher;
   }
 };
 
@@ -108,15 +113,9 @@ struct PairedInt4 : OfPairs<kNumRows> {
                                     0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};  // 0 ... 7
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kValues));
     const __m512i values = _mm512_broadcast_i64x4(half);  // twice: lookups see five bits, of which the last is foreign
-    Prefetcher prefetcher = prefetch;
-    const Block<Step>& block = *strip.block;
     const int64_t first = strip.first, at = bytes<Int4>(first), soon = bytes<Int4>(strip.soon_first);
     __m512 sum[rows][kVectors] = {};
-    for (int64_t i = 0; i < block.count; ++i) {
-      const Step& step = block.steps[i];
-      OfPairs<rows>::template prefetch<kLines>(strip.soon[i], soon, prefetcher);
-      __m512bh x[rows];
-      for (int row = 0; row < rows; ++row) x[row] = (__m512bh)_mm512_set1_epi32(int(step.x[row]));
+    const auto pair = [&](const Step& step, const __m512bh(&x)[rows]) {
 #pragma GCC unroll 2
       for (int line = 0; line < kLines; ++line) {
         const __m512i a = _mm512_loadu_si512(step.run + at + line * TEAL_LINE_BYTES);
@@ -131,16 +130,16 @@ struct PairedInt4 : OfPairs<kNumRows> {
             sum[row][line * 8 + v] = _mm512_dpbf16_ps(sum[row][line * 8 + v], weight, x[row]);
         }
       }
-    }
+    };
+    OfPairs<rows>::template each<kLines>(strip, soon, prefetch, pair);
 #pragma GCC unroll 2
     for (int row = 0; row < rows; ++row)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {  // unpacking has put even words before odd ones
         const __m512* of = sum[row] + v / 8 * 8 + v % 4 * 2;
         const Vector total{v % 8 < 4 ? _mm512_shuffle_ps(of[0], of[1], 0x88) : _mm512_shuffle_ps(of[0], of[1], 0xdd)};
-        add_block(tile, block.scales, first + v, total, sums + row * stride + (first + v) * kWidth);
+        add_block(tile, strip.block->scales, first + v, total, sums + row * stride + (first + v) * kWidth);
       }
-    prefetch = prefetcher;
   }
 };
 
