@@ -34,7 +34,7 @@ from teal.engine.model import DecoderModel
 from teal.engine.sampling import Sampler, SamplingConfig
 from teal.linear import sparse_layers
 from teal.ops import cuda_greedy, nvrtc, reference
-from teal.ops.cuda_projection import Operands, Projection
+from teal.ops.cuda_projection import Operands, Projection, limits_here
 from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.cuda_weight import CudaWeight
 from teal.shapes import random_engine
@@ -150,6 +150,12 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
+def compared(cublas: Sequence[float], us: Sequence[float], floor: float) -> str:
+    """The speed-up over cuBLAS, and the share that reading the bytes, `floor` seconds, is of the time."""
+    median = statistics.median(us)
+    return f"{statistics.median(cublas) / median:>8.2f}x{1e6 * floor / median:>9.0%}"
+
+
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
@@ -183,11 +189,9 @@ def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
         for level, us in measured.items():
             row = table[name]["ours"][level]
             row["us"] = us
-            floor = (1 - row["sparsity"]) * 2 * n * k / bandwidth * 1e6
             print(
                 f"{name + f' {n} x {k}':<40}{level:>6}{spread(cublas):>22}{spread(us):>22}"
-                f"{statistics.median(cublas) / statistics.median(us):>8.2f}x"
-                f"{floor / statistics.median(us):>9.0%}{row['error']:>9.1e}",
+                f"{compared(cublas, us, (1 - row['sparsity']) * 2 * n * k / bandwidth)}{row['error']:>9.1e}",
                 flush=True,
             )
         for level, row in table[name]["published"].items():
@@ -210,7 +214,6 @@ def check(name: str, level: float, error: float, dtype: torch.dtype) -> None:
 
 def published_kernels(checkout: Path) -> Any:
     """The module `kernels.sparse_gemv` of FasterDecoding/TEAL."""
-
     if "msgspec" not in sys.modules:  # its only use there is a base class
         import dataclasses
 
@@ -227,10 +230,10 @@ def published_calls(kernel: Any, weights: list[Tensor], x: Tensor, name: str) ->
     """Of the published kernel, by ("published", level); exits if a result differs from the reference."""
     calls: dict[Any, Any] = {}
     for level in LEVELS:
-        threshold = float(x.float().abs().quantile(level)) if level else -1.0
-        bin_ = round(100 * level)
+        at, bin_ = threshold_of(x, level), round(100 * level)
+        threshold = float(at)
         got = kernel(x[None, None], weights[0], threshold, bin_)
-        want = reference.sparse_gemv(x[None].float(), weights[0].float(), torch.tensor(threshold, device="cuda"), None)
+        want = reference.sparse_gemv(x[None].float(), weights[0].float(), at, None)
         check(f"{name}, published kernel", level, relative_error(got, want), torch.float16)
         calls["published", level] = [lambda w=w, t=threshold, b=bin_: kernel(x[None, None], w, t, b) for w in weights]
     return calls
@@ -247,7 +250,6 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
     """
     table: dict[str, Any] = {}
     threshold = torch.tensor(0.5, device="cuda")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     print(
         f"\n{'N x K, several tokens':<40}{'rows':>6}{'union':>7}{'cuBLAS us':>22}{'masked':>9}{'ours us':>22}", end=""
     )
@@ -257,7 +259,7 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
         row_major = [weight.t().contiguous() for weight in weights]
         table[name] = []
         for rows, overlap in ROWS:
-            tuning = choose_rows_tuning(k, n, rows_compiled(rows), multiprocessors)
+            tuning = choose_rows_tuning(k, n, rows_compiled(rows), *limits_here())
             if tuning is None:
                 continue
             kernel = RowsProjection(k, n, rows_compiled(rows), torch.bfloat16, tuning)
@@ -275,11 +277,9 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
             check(f"{name}, {rows} rows", 0.5, error, torch.bfloat16)
             union = float((x != 0).any(dim=0).float().mean())
             table[name].append({"rows": rows, "union": union, "error": error, **measured})
-            floor = union * 2 * n * k / bandwidth * 1e6
             print(
                 f"{name + f' {n} x {k}':<40}{rows:>6}{union:>7.3f}{spread(cublas):>22}{statistics.median(masked):>9.1f}"
-                f"{spread(ours):>22}{statistics.median(cublas) / statistics.median(ours):>8.2f}x"
-                f"{floor / statistics.median(ours):>9.0%}{error:>9.1e}",
+                f"{spread(ours):>22}{compared(cublas, ours, union * 2 * n * k / bandwidth)}{error:>9.1e}",
                 flush=True,
             )
     return table
@@ -366,11 +366,9 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
         for (of, level), us in measured.items():
             row = table[name][of][level]
             row["us"] = us
-            floor = (1 - row["sparsity"]) * 2 * n * k / bandwidth * 1e6
             print(
                 f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(us):>22}"
-                f"{statistics.median(cublas) / statistics.median(us):>8.2f}x"
-                f"{floor / statistics.median(us):>9.0%}{row['error']:>9.1e}",
+                f"{compared(cublas, us, (1 - row['sparsity']) * 2 * n * k / bandwidth)}{row['error']:>9.1e}",
                 flush=True,
             )
     return table

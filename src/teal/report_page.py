@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from teal import charts, report, report_pictures
-from teal.artifact_directory import Artifact, Artifacts
+from teal.artifact_directory import Artifact, Artifacts, Content
 from teal.artifacts import write_atomically
 from teal.benchmark import Benchmark
 from teal.errors import TealError
@@ -22,7 +22,6 @@ from teal.tuning import Tuning
 STYLE = Path(__file__).with_suffix(".css")
 THRESHOLDS_AT = (0.25, 0.5, 0.65)  # levels at which the thresholds of statistics are shown
 
-Content = TypeVar("Content")
 Shown = TypeVar("Shown")
 Fact = tuple[str, str, str]  # name, value, and what to know of it
 

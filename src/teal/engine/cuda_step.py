@@ -113,10 +113,7 @@ class CudaDecodeStep:
             attention_macros(config, dtype, self._shares, self._attention_threads),
             attention_shared_bytes(config, self._shares, self._attention_threads),
         )
-        macros = {
-            "BF16": dtype == torch.bfloat16, "THREADS": EMBED_THREADS, "DEPTH": 1, "CLUSTER": 1,
-            "HIDDEN": hidden, "HEAD_DIM": config.head_dim,
-        }  # fmt: skip
+        macros = nvrtc.common_macros(dtype, EMBED_THREADS) | {"HIDDEN": hidden, "HEAD_DIM": config.head_dim}
         self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
         self._project_head: Projection | None = None
         self.observed = False
@@ -127,9 +124,7 @@ class CudaDecodeStep:
     def __call__(
         self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
     ) -> Tensor:
-        if hidden.shape[0] == 1:
-            self.refresh(blocks, cache)
-        if hidden.shape[0] != 1 or self.observed:
+        if hidden.shape[0] != 1 or not self._ready(blocks, cache):
             return reference_decode_step(blocks, hidden, cache, position)
         self._hidden.copy_(hidden[0])
         for own, given in zip(self._token, position, strict=True):
@@ -143,8 +138,7 @@ class CudaDecodeStep:
             of.shape != (1,) or of.dtype != torch.int64 or of.device != self._hidden.device for of in (token, position)
         ):
             return None
-        self.refresh(model.blocks, cache)
-        if self.observed:
+        if not self._ready(model.blocks, cache):
             return None
         _start([self._embedding(model, token, position), *self._launches])
         return self._head(model)
@@ -169,6 +163,11 @@ class CudaDecodeStep:
             self._hidden, operands, model.norm.weight, eps=self._config.rms_norm_eps, dependent=True
         )])  # fmt: skip
         return logits
+
+    def _ready(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> bool:
+        """Whether the launches, prepared anew if they must be, may run: nobody watches."""
+        self.refresh(blocks, cache)
+        return not self.observed
 
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
         """Prepare the launches anew if tensors were replaced since; returns how often that was: what was captured
@@ -276,8 +275,7 @@ def attention_threads(config: EngineConfig, shares: int, most_shared_bytes: int)
 
 
 def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int, threads: int) -> dict[str, object]:
-    return {
-        "BF16": dtype == torch.bfloat16, "THREADS": threads, "DEPTH": 1, "CLUSTER": 1,
+    return nvrtc.common_macros(dtype, threads) | {
         "HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim,
         "NORM_QK": config.qk_norm, "MAX_SHARES": shares,
     }  # fmt: skip

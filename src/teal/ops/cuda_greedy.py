@@ -40,7 +40,7 @@ def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:
     arguments = _Arguments(logits.data_ptr(), token.data_ptr(), checked.data_ptr(), invalid, logits.shape[1])
     with torch.cuda.device(logits.device):
         cluster = CLUSTER if nvrtc.has_clusters() else 1
-        macros = {"BF16": logits.dtype == torch.bfloat16, "THREADS": THREADS, "DEPTH": 1, "CLUSTER": cluster}
+        macros = nvrtc.common_macros(logits.dtype, THREADS, cluster=cluster)
         kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * (THREADS // 32 + cluster))
         launch = kernel.prepared(cluster, THREADS, arguments, cluster=cluster, dependent=True)
         launch.start(torch.cuda.current_stream().cuda_stream)

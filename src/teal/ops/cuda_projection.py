@@ -75,9 +75,8 @@ class Projection:
         tuning: Tuning | None = None,
     ) -> None:
         self.tuning = tuning or tuning_here(channels, outputs)
-        self.macros = {
-            **_tuning_macros(self.tuning, dtype), "CHANNELS": channels, "INPUT": KINDS.index(kind),
-        }  # fmt: skip
+        common = nvrtc.common_macros(dtype, self.tuning.threads, self.tuning.depth, self.tuning.cluster)
+        self.macros = common | {"TILE_WIDTH": self.tuning.width, "CHANNELS": channels, "INPUT": KINDS.index(kind)}
         self.blocks = blocks_of(outputs, self.tuning)
         # More than half of a multiprocessor's: each has one block, and the next kernel's blocks follow one by one.
         half = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor // 2
@@ -122,13 +121,6 @@ def multiprocessors() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
-def _tuning_macros(tuning: Tuning, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
-        "CLUSTER": tuning.cluster, "TILE_WIDTH": tuning.width,
-    }  # fmt: skip
-
-
 def blocks_of(outputs: Sequence[int], tuning: Tuning) -> int:
     """Blocks of threads for projections of these numbers of outputs."""
     return tuning.cluster * sum(-(-size // (8 * tuning.width)) for size in outputs)
@@ -141,10 +133,14 @@ def shared_bytes(channels: int, tuning: Tuning) -> int:
     return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * entries + 64
 
 
+def limits_here() -> tuple[int, int, int]:
+    """Of the current device: multiprocessors, blocks of a cluster that kernels use, shared memory of a block."""
+    return multiprocessors(), 2 if nvrtc.has_clusters() else 1, nvrtc.most_shared_bytes()
+
+
 def tuning_here(channels: int, outputs: Sequence[int]) -> Tuning:
     """On the current device. Raises TealError if a block cannot hold its part of so many channels."""
-    largest_cluster = 2 if nvrtc.has_clusters() else 1
-    tuning = choose_tuning(channels, outputs, multiprocessors(), largest_cluster, nvrtc.most_shared_bytes())
+    tuning = choose_tuning(channels, outputs, *limits_here())
     if tuning is None:
         raise TealError(f"this GPU's shared memory does not hold a list of {channels} input channels")
     return tuning

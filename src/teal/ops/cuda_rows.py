@@ -44,10 +44,8 @@ class RowsProjection:
     def __init__(self, channels: int, outputs: int, rows: int, dtype: torch.dtype, tuning: RowsTuning) -> None:
         self.tuning, self.rows = tuning, rows
         self.blocks = tuning.cluster * -(-outputs // (8 * tuning.width))
-        macros = {
-            "BF16": dtype == torch.bfloat16, "THREADS": tuning.threads, "DEPTH": tuning.depth,
-            "CLUSTER": tuning.cluster, "CHANNELS": channels, "TILE_WIDTH": tuning.width, "TOKENS": rows,
-        }  # fmt: skip
+        common = nvrtc.common_macros(dtype, tuning.threads, tuning.depth, tuning.cluster)
+        macros = common | {"TILE_WIDTH": tuning.width, "CHANNELS": channels, "TOKENS": rows}
         self.kernel = nvrtc.compile_kernel("rows.cu", "rows", macros, shared_bytes(channels, rows, tuning))
 
     def prepared(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teal.errors import TealError
 from teal.ops import nvrtc
-from teal.ops.cuda_projection import Operands, Projection, multiprocessors, tuning_here
+from teal.ops.cuda_projection import Operands, Projection, limits_here, tuning_here
 from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.packed import ChannelMajorWeight
 from teal.ops.reference import drop_small
@@ -80,6 +80,5 @@ def _kernel(channels: int, outputs: int, dtype: torch.dtype, device: int) -> Pro
 @cache
 def _rows_kernel(channels: int, outputs: int, rows: int, dtype: torch.dtype, device: int) -> RowsProjection | None:
     """None where a block cannot hold its part of the channels."""
-    largest_cluster = 2 if nvrtc.has_clusters() else 1
-    tuning = choose_rows_tuning(channels, outputs, rows, multiprocessors(), largest_cluster, nvrtc.most_shared_bytes())
+    tuning = choose_rows_tuning(channels, outputs, rows, *limits_here())
     return None if tuning is None else RowsProjection(channels, outputs, rows, dtype, tuning)

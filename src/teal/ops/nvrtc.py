@@ -87,6 +87,11 @@ def most_shared_bytes() -> int:
     return int(_check(driver.cuDeviceGetAttribute(attribute, device)))
 
 
+def common_macros(dtype: torch.dtype, threads: int, depth: int = 1, cluster: int = 1) -> dict[str, object]:
+    """Those of common.cuh."""
+    return {"BF16": dtype == torch.bfloat16, "THREADS": threads, "DEPTH": depth, "CLUSTER": cluster}
+
+
 @cache
 def unavailable() -> str | None:
     """Why CUDA C++ kernels cannot run here, or None if they can."""
