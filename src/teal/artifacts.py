@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -43,6 +44,33 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if own is not None:
             rmtree(own, ignore_errors=True)
+
+
+def cached(name: str, make: Callable[[], bytes], valid: Callable[[bytes], bool] = bool) -> bytes:
+    """What `make` returned when it was first asked, on this machine: a file of TEAL_CACHE (default ~/.cache/teal).
+
+    Content that is not `valid` is made anew. A cache that cannot be read or written only costs time.
+    """
+
+    def kept() -> bytes | None:
+        with suppress(OSError):
+            content = path.read_bytes()
+            return content if valid(content) else None
+        return None
+
+    folder = os.environ.get("TEAL_CACHE")
+    try:
+        path = (Path(folder) if folder else Path.home() / ".cache" / "teal") / name
+    except RuntimeError:  # no home
+        return make()
+    if (content := kept()) is not None:
+        return content
+    made = make()
+    if (content := kept()) is not None:  # another process was first
+        return content
+    with suppress(TealError, OSError):
+        write_atomically(path, lambda temporary: temporary.write_bytes(made))
+    return made
 
 
 def _temporary_prefix(path: Path) -> str:

@@ -5,17 +5,15 @@ Needs no compiler on the user's machine: `cuda-bindings`, which CUDA builds of t
 
 import ctypes
 import hashlib
-import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from teal.artifacts import write_atomically
+from teal.artifacts import cached
 from teal.errors import TealError
 
 
@@ -141,28 +139,23 @@ def compile_kernel(name: str, entry: str, macros: Mapping[str, object], shared_b
 def _cubin(text: str, options: list[str]) -> bytes:
     nvrtc = _bindings("nvrtc")
     version = _check(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]
-    cached = Path(os.environ.get("TEAL_CACHE", Path.home() / ".cache" / "teal")) / f"{key}.cubin"
-    if cached.is_file():
-        return cached.read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(text.encode(), b"teal.cu", 0, [], []))
-    try:
-        encoded = [option.encode() for option in options]
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
-            _check(nvrtc.nvrtcGetProgramLog(program, log))
-            raise TealError(f"a CUDA kernel does not compile here:\n{log.decode(errors='replace')}")
-        cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
-        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cached, lambda path: path.write_bytes(cubin))
-    except (OSError, TealError):
-        pass  # a cache that cannot be written only costs the next run its time
-    return cubin
+
+    def compiled() -> bytes:
+        program = _check(nvrtc.nvrtcCreateProgram(text.encode(), b"teal.cu", 0, [], []))
+        try:
+            encoded = [option.encode() for option in options]
+            (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+            if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+                log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+                _check(nvrtc.nvrtcGetProgramLog(program, log))
+                raise TealError(f"a CUDA kernel does not compile here:\n{log.decode(errors='replace')}")
+            cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+            _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+            return cubin
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
+
+    return cached(f"{hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]}.cubin", compiled)
 
 
 def _check(result: tuple[Any, ...]) -> Any:
