@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import tiny_config
 
 from teal.engine import DecodeState, SamplingConfig, decode_tokens
@@ -9,7 +10,7 @@ from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.model import DecoderModel
 from teal.linear import sparse_layers
-from teal.ops import cuda_greedy, nvrtc, reference
+from teal.ops import cublaslt, cuda_greedy, nvrtc, reference
 from teal.ops.cuda_weight import CudaWeight
 from teal.ops.sparse_gemv import pack, sparse_gemv
 
@@ -50,6 +51,26 @@ def test_several_rows_keep_their_own_masks(rows, n, k, dtype):
         want = reference.sparse_gemv(x.float(), weight.float(), threshold, bias.float())
         assert (got.float() - want).norm() <= TOLERANCE[dtype] * want.norm()
         assert torch.equal(got, sparse_gemv(x, pack(weight), threshold, bias))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (1000, 1104), (4096, 14336)])
+@pytest.mark.parametrize("tokens", [2, 9, 65, 384, 1100, 4097])
+def test_dense_products_of_several_tokens(tokens, n, k, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(cublaslt, "_chosen", {})
+    monkeypatch.setattr(cublaslt, "_fastest", {})
+    weight, x, bias = normal(n, k, dtype=dtype), normal(tokens, k, dtype=dtype), normal(n, dtype=dtype)
+    packed = pack(weight)
+    for own in (None, bias):
+        got = packed.dense_gemm(x, own)
+        want = F.linear(x.float(), weight.float(), None if own is None else own.float())
+        assert (got.float() - want).norm() <= TOLERANCE[dtype] * want.norm()
+        if tokens <= cublaslt.MOST_TOKENS:
+            assert len(list(tmp_path.glob("*.gemm"))) == 1, "cuBLASLt did not serve"
+            cublaslt._chosen.clear()  # as a new process
+            cublaslt._fastest.clear()
+        assert torch.equal(got, packed.dense_gemm(x, own))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

@@ -3,24 +3,20 @@
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from teal.errors import TealError
-from teal.ops import nvrtc
+from teal.ops import cublaslt, nvrtc
 from teal.ops.cuda_projection import Operands, Projection, limits_here, tuning_here
 from teal.ops.cuda_rows import RowsProjection, choose_rows_tuning, rows_compiled
 from teal.ops.packed import ChannelMajorWeight
 from teal.ops.reference import drop_small
 
-HALVED_WEIGHTS = 2**27  # from which on cuBLAS multiplies the two halves of the outputs faster than all,
-HALVED_TOKENS = range(65, 129)  # for so many tokens (measured at 128: 28672 x 8192 takes 0.60 of the time)
-
 
 class CudaWeight(ChannelMajorWeight):
     """[K, N] on an NVIDIA GPU: one row goes through projection.cu, two to eight through rows.cu.
 
-    Where the channels are too many for rows.cu, several rows are masked and multiplied densely.
+    Where the channels are too many for rows.cu, several rows are masked and multiplied densely, by cuBLASLt.
     """
 
     layout = "cuda"
@@ -64,12 +60,12 @@ class CudaWeight(ChannelMajorWeight):
         return y
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        stored = self.storage[0]
-        if stored.numel() < HALVED_WEIGHTS or x.numel() // stored.shape[0] not in HALVED_TOKENS:
-            return super().dense_gemm(x, bias)
-        biases = (None, None) if bias is None else bias.chunk(2)
-        halves = [F.linear(x, part.t(), own) for part, own in zip(stored.chunk(2, dim=1), biases, strict=True)]
-        return torch.cat(halves, dim=-1)
+        if x.is_cuda and x.numel() > x.shape[-1]:
+            with torch.cuda.device(x.device):
+                y = cublaslt.gemm(x, self.storage[0], bias)
+            if y is not None:
+                return y
+        return super().dense_gemm(x, bias)
 
 
 @cache

@@ -1,0 +1,259 @@
+"""Dense products of several tokens with weights [K, N], by the fastest of the algorithms that cuBLASLt proposes.
+
+Its first proposal for weights in this order takes up to 1.6 times as long as cuBLAS with row-major weights, its fastest
+at most 1.1 times and 0.95 times in the mean (docs/log.md). Which one is the fastest is measured once for a shape and a
+range of tokens, in milliseconds, and kept in the cache directory, so that later runs give the same bits.
+
+The library is that of torch's version of CUDA; its C interface: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
+"""
+
+import ctypes
+import hashlib
+import math
+import statistics
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from teal.artifacts import cached
+
+MOST_TOKENS = 4096  # of more, products are long, and the first proposal is as good as any
+MOST_PROPOSALS = 8  # cuBLASLt makes no more
+REPEATS = 5
+GAIN = 0.97  # of the time of the first proposal, at most, for another to be taken
+MOST_WORKSPACE = 32 << 20
+ALIGNMENT = 256  # bytes, which cuBLASLt takes for granted
+
+# Of cublas_api.h, cublasLt.h and library_types.h.
+REAL_16F, REAL_16BF, REAL_32F, COMPUTE_32F = 2, 14, 0, 68
+MAX_WORKSPACE_BYTES, REDUCTION_SCHEME_MASK, IN_COMPUTE_TYPE = 1, 3, 2
+TYPES = {torch.float16: REAL_16F, torch.bfloat16: REAL_16BF}
+
+
+def gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x [..., K] @ weight [K, N] + bias [N], float16 or bfloat16 with float32 sums, on the current CUDA device.
+
+    None where torch's product must serve: for other dtypes, more than MOST_TOKENS rows, strided or unaligned weights,
+    gradients, while torch compiles, where cuBLASLt is missing or fails, and while a CUDA graph is captured, which
+    forbids to measure, unless the fastest algorithm is known from before.
+    """
+    (k, n), tokens = weight.shape, x.numel() // x.shape[-1]
+    if not 0 < tokens <= MOST_TOKENS or x.dtype not in TYPES or x.requires_grad or torch.compiler.is_compiling():
+        return None
+    if not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
+        return None
+    rows = x.reshape(tokens, k).contiguous()
+    if rows.data_ptr() % ALIGNMENT:
+        rows = rows.clone()
+    key = (tokens, k, n, x.dtype, torch.cuda.current_device())
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _chosen[key] = _choose(rows, weight)
+    if (chosen := _chosen[key]) is None:
+        return None
+    y = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    if bias is not None:
+        y.copy_(bias)  # the product is added to it, in float32
+    try:
+        chosen.product.run(chosen.algorithm, rows, weight, y, add=bias is not None)
+    except _Failure:
+        _chosen[key] = None
+        return None
+    return y.view(*x.shape[:-1], n)
+
+
+class Algorithm(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t"""
+
+    _fields_ = [
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+class Product:
+    """y [T, N] = x [T, K] @ weight [K, N], of fixed sizes and dtype, on the current device."""
+
+    def __init__(self, tokens: int, channels: int, outputs: int, dtype: torch.dtype) -> None:
+        # cuBLASLt counts down columns: to it, this is y' [N, T] = weight' [N, K] @ x' [K, T].
+        self._operation = _created("MatmulDesc", COMPUTE_32F, REAL_32F)
+        self._weight, self._x, self._y = (
+            _created(
+                "MatrixLayout", TYPES[dtype], ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(rows)
+            )
+            for rows, columns in ((outputs, channels), (channels, tokens), (outputs, tokens))
+        )
+        self._problem = (self._operation, self._weight, self._x, self._y, self._y)
+
+    def proposals(self) -> list[Algorithm]:
+        """The best first, as cuBLASLt estimates."""
+        results, count = (Algorithm * MOST_PROPOSALS)(), ctypes.c_int()
+        _call("MatmulAlgoGetHeuristic", _handle(), *self._problem, _preference(), MOST_PROPOSALS, results, _to(count))
+        return [result for result in results[: count.value] if result.state == 0]
+
+    def accepted(self, algorithm: Algorithm) -> Algorithm:
+        """One that was proposed for a product of another number of tokens, as this one needs it."""
+        result = Algorithm()
+        _call("MatmulAlgoCheck", _handle(), *self._problem, _to(algorithm.algorithm), _to(result))
+        result.algorithm = algorithm.algorithm
+        return result
+
+    def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, y: Tensor, add: bool = False) -> None:
+        """`add`: to what `y` holds."""
+        workspace = torch.empty(algorithm.workspace_bytes, dtype=torch.uint8, device=y.device)
+        one, kept = ctypes.c_float(1), ctypes.c_float(add)
+        _call(
+            "Matmul", _handle(), self._operation, _to(one), _at(weight), self._weight, _at(x), self._x, _to(kept),
+            _at(y), self._y, _at(y), self._y, _to(algorithm.algorithm), _at(workspace),
+            ctypes.c_size_t(algorithm.workspace_bytes), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )  # fmt: skip
+
+
+def measured_tokens(tokens: int) -> int:
+    """The number of tokens at which the algorithm for `tokens` of them is chosen."""
+    step = 64 if tokens <= 1024 else 256
+    return -(-tokens // step) * step
+
+
+def fastest(times: Sequence[Sequence[float]]) -> int:
+    """The index of the proposal to take, by the times of each: the first, unless another gains enough on it."""
+    medians = [statistics.median(each) for each in times]
+    best = min(range(len(medians)), key=medians.__getitem__)
+    return best if medians[best] <= GAIN * medians[0] else 0
+
+
+class _Failure(Exception):
+    """cuBLASLt is missing, or refuses."""
+
+
+class _Chosen(NamedTuple):
+    product: Product
+    algorithm: Algorithm
+
+
+_chosen: dict[tuple[Any, ...], _Chosen | None] = {}  # by tokens, K, N, dtype and device
+_fastest: dict[tuple[Any, ...], Algorithm] = {}  # by measured tokens and the same
+
+
+def _choose(x: Tensor, weight: Tensor) -> _Chosen | None:
+    """For products like x [T, K] @ weight [K, N]."""
+    tokens, (k, n) = measured_tokens(x.shape[0]), weight.shape
+    key = (tokens, k, n, x.dtype, torch.cuda.current_device())
+    try:
+        if key not in _fastest:
+            _fastest[key] = _fastest_proposal(tokens, x, weight)
+        product = Product(x.shape[0], k, n, x.dtype)
+        return _Chosen(product, product.accepted(_fastest[key]))
+    except _Failure:
+        return None
+
+
+def _fastest_proposal(tokens: int, x: Tensor, weight: Tensor) -> Algorithm:
+    """For this many rows like those of x."""
+    k, n = weight.shape
+    product = Product(tokens, k, n, x.dtype)
+    proposals = product.proposals()
+    if not proposals:
+        raise _Failure("it proposes nothing")
+    places = [b"%d" % place for place in range(len(proposals))]
+    about = (
+        torch.cuda.get_device_name(x.device), _library().cublasLtGetVersion(), tokens, k, n, x.dtype, MOST_WORKSPACE,
+    )  # fmt: skip
+    name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
+    try:
+        place = cached(
+            name,
+            lambda: places[fastest(_times(product, proposals, x.repeat(-(-tokens // x.shape[0]), 1)[:tokens], weight))],
+            places.__contains__,
+        )
+    except torch.OutOfMemoryError:  # nothing can be measured now
+        place = places[0]
+    return proposals[int(place)]
+
+
+def _times(product: Product, proposals: Sequence[Algorithm], x: Tensor, weight: Tensor) -> list[list[float]]:
+    """Milliseconds of each, REPEATS times in turn, infinite if it fails; weights come from memory, not from a cache."""
+    y = torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
+    size = 2 * torch.cuda.get_device_properties(x.device).L2_cache_size
+    other = torch.empty(size, dtype=torch.uint8, device=x.device)
+    times: list[list[float]] = [[] for _ in proposals]
+    for repeat in range(-1, REPEATS):  # the first warms up
+        for algorithm, its_times in zip(proposals, times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()
+            start.record()
+            try:
+                product.run(algorithm, x, weight, y)
+            except _Failure:
+                its_times.append(math.inf)
+                continue
+            end.record()
+            end.synchronize()
+            if repeat >= 0:
+                its_times.append(start.elapsed_time(end))
+    return times
+
+
+@cache
+def _library() -> Any:
+    major = (torch.version.cuda or "0").split(".")[0]
+    for name in (f"libcublasLt.so.{major}", f"cublasLt64_{major}.dll"):
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        library.cublasLtGetVersion.restype = ctypes.c_size_t
+        return library
+    raise _Failure("it is missing")
+
+
+def _handle() -> ctypes.c_void_p:
+    return _handle_of(torch.cuda.current_device())
+
+
+@cache
+def _handle_of(device: int) -> ctypes.c_void_p:
+    handle = ctypes.c_void_p()
+    _call("Create", _to(handle))
+    return handle
+
+
+@cache
+def _preference() -> ctypes.c_void_p:
+    """Little workspace, and sums of parts of the channels in float32, not in the outputs' dtype."""
+    preference = _created("MatmulPreference")
+    for attribute, value in (
+        (MAX_WORKSPACE_BYTES, ctypes.c_uint64(MOST_WORKSPACE)),
+        (REDUCTION_SCHEME_MASK, ctypes.c_uint32(IN_COMPUTE_TYPE)),
+    ):
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        _call("MatmulPreferenceSetAttribute", preference, attribute, _to(value), size)
+    return preference
+
+
+def _created(kind: str, *arguments: Any) -> ctypes.c_void_p:
+    """A descriptor that lives as long as the process: a few for each shape and number of tokens that occur."""
+    descriptor = ctypes.c_void_p()
+    _call(f"{kind}Create", _to(descriptor), *arguments)
+    return descriptor
+
+
+def _call(function: str, *arguments: Any) -> None:
+    status = getattr(_library(), f"cublasLt{function}")(*arguments)
+    if status != 0:
+        raise _Failure(f"cublasLt{function} returned {status}")
+
+
+def _to(value: Any) -> Any:
+    return ctypes.byref(value)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
