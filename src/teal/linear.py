@@ -173,19 +173,21 @@ class SparseHead(SparseLinear):
         self.sparsity = sparsity
         self.set_threshold(0.0 if sparsity else -1.0)  # what was set to zero is not read
 
+    @property
+    def dropped_inputs(self) -> int:
+        """How many of the inputs of a token are dropped, besides those of equal magnitude."""
+        return int(self.sparsity * self.in_features)
+
     def prefill(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], dense"""
         return self.packed.dense_gemm(x, self.bias)
 
     def decode(self, x: Tensor) -> Tensor:
-        return super().decode(_drop_smallest(x, self.sparsity)) if self.sparsity else self.prefill(x)
+        return super().decode(_drop_smallest(x, self.dropped_inputs)) if self.dropped_inputs else self.prefill(x)
 
 
-def _drop_smallest(x: Tensor, share: float) -> Tensor:
-    """x [B, K] with the `share` of smallest magnitudes in each row set to zero."""
-    count = int(share * x.shape[-1])
-    if count == 0:
-        return x
+def _drop_smallest(x: Tensor, count: int) -> Tensor:
+    """x [B, K] with the `count` smallest magnitudes in each row set to zero."""
     magnitudes = x.abs().float()
     return torch.where(magnitudes <= magnitudes.kthvalue(count, dim=-1, keepdim=True).values, 0, x)
 

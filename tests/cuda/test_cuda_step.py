@@ -91,7 +91,9 @@ def test_dense(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         both.token(position)
 
 
-@pytest.mark.parametrize(("dtype", "head"), [(HALF, 0.0), (BRAIN, 0.0), (HALF, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head"), [(HALF, 0.0), (BRAIN, 0.0), (HALF, 0.5), (BRAIN, 0.9), (HALF, 0.001)], ids=str
+)
 def test_logits(dtype: torch.dtype, head: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaWeight, "layout", "channel_major")
     both = Both(engine_of("llama-biases", dtype, monkeypatch))

@@ -2,6 +2,8 @@
 
 embedding | norm, q, k, v | rotary embedding, cache write, attention | o, residual | norm, gate, up |
 silu * up, down, residual | norm, LM head
+
+A sparse LM head is two kernels: its inputs, which are the largest of the norm, and the projection of these.
 """
 
 import ctypes
@@ -23,7 +25,7 @@ from teal.ops.cuda_weight import CudaWeight
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
 
-EMBED_THREADS, ATTENTION_THREADS = 512, 384
+EMBED_THREADS, ATTENTION_THREADS, HEAD_INPUTS_THREADS = 512, 384, 1024
 UNDIVIDED = 320  # positions that one block attends to faster than several that add up their shares
 POSITIONS_PER_SHARE = 128  # attention splits no finer
 
@@ -37,6 +39,16 @@ class _EmbedArguments(ctypes.Structure):
             "token", "position", "embeddings", "cosines", "sines", "hidden", "own_position", "cosine", "sine",
         )
     ]  # fmt: skip
+
+
+class _HeadInputsArguments(ctypes.Structure):
+    """`Arguments` of head_inputs.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("hidden", "norm", "x")),
+        ("dropped", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    ]
 
 
 class _AttentionArguments(ctypes.Structure):
@@ -98,6 +110,7 @@ class CudaDecodeStep:
         self._hidden, self._middle = buffer(hidden), buffer(hidden)
         self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
         self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
+        self._keep_nonzero = torch.zeros((), dtype=torch.float32, device=device)
         self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
         self._project_o = Projection(query, (hidden,), dtype)
         self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
@@ -115,7 +128,11 @@ class CudaDecodeStep:
         )
         macros = nvrtc.common_macros(dtype, EMBED_THREADS) | {"HIDDEN": hidden, "HEAD_DIM": config.head_dim}
         self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
-        self._project_head: Projection | None = None
+        self._head_inputs = buffer(hidden)
+        macros = nvrtc.common_macros(dtype, HEAD_INPUTS_THREADS) | {"HIDDEN": hidden}
+        shared_bytes = 2 * 4 * HEAD_INPUTS_THREADS // 32
+        self._find_head_inputs = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, shared_bytes)
+        self._project_head: dict[str, Projection] = {}  # by kind
         self.observed = False
         self._revision = 0
         self._tensors: list[Any] = []
@@ -151,18 +168,32 @@ class CudaDecodeStep:
         return self._embed.prepared(1, EMBED_THREADS, _EmbedArguments(*(tensor.data_ptr() for tensor in tensors)))
 
     def _head(self, model: "DecoderModel") -> Tensor:
-        head = model.lm_head
-        if head.sparsity or head.packed.layout != CudaWeight.layout:
+        head, norm, eps = model.lm_head, model.norm.weight, self._config.rms_norm_eps
+        if head.packed.layout != CudaWeight.layout or head.always_dense or head.observer is not None:
             return head.decode(model.norm(self._hidden[None]))
         logits = torch.empty(1, head.out_features, dtype=self._hidden.dtype, device=self._hidden.device)
-        if self._project_head is None:
-            sizes = head.in_features, (head.out_features,)
-            self._project_head = Projection(*sizes, logits.dtype, kind="normalized")
-        operands = [Operands(head.packed.storage[0], self._keep_all, logits[0], head.bias)]
-        _start([self._project_head.prepared(
-            self._hidden, operands, model.norm.weight, eps=self._config.rms_norm_eps, dependent=True
-        )])  # fmt: skip
+        weight, y = head.packed.storage[0], logits[0]
+        if head.dropped_inputs == 0:
+            operands = [Operands(weight, self._keep_all, y, head.bias)]
+            project = self._head_projection(weight, "normalized")
+            _start([project.prepared(self._hidden, operands, norm, eps=eps, dependent=True)])
+            return logits
+        arguments = _HeadInputsArguments(
+            self._hidden.data_ptr(), norm.data_ptr(), self._head_inputs.data_ptr(), head.dropped_inputs, eps
+        )
+        operands = [Operands(weight, self._keep_nonzero, y, head.bias)]
+        project = self._head_projection(weight, "plain")
+        _start([
+            self._find_head_inputs.prepared(1, HEAD_INPUTS_THREADS, arguments, dependent=True),
+            project.prepared(self._head_inputs, operands, dependent=True),
+        ])  # fmt: skip
         return logits
+
+    def _head_projection(self, weight: Tensor, kind: str) -> Projection:
+        if kind not in self._project_head:
+            channels, outputs = weight.shape
+            self._project_head[kind] = Projection(channels, (outputs,), weight.dtype, kind=kind)
+        return self._project_head[kind]
 
     def _ready(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> bool:
         """Whether the launches, prepared anew if they must be, may run: nobody watches."""

@@ -237,6 +237,38 @@ struct Inputs {
     }
 };
 
+// x / rms(x) * norm, rounded where models round: of K channels, the part that block `rank` of the cluster takes. Awaits the
+// previous kernel, of which x is a result; scratch [WARPS] must not be in use.
+template <int K>
+__device__ __forceinline__ Inputs<K / CLUSTER> normalized(const u16* all, const u16* norms, float eps, int rank,
+                                                          float* scratch) {
+    using PartInputs = Inputs<K / CLUSTER>;
+    constexpr int PART = K / CLUSTER;
+    PartInputs parts[CLUSTER], norm, x;
+    norm.read(norms + rank * PART);
+    await_previous_kernel();
+#pragma unroll
+    for (int part = 0; part < CLUSTER; part++) parts[part].read(all + part * PART);
+    float squares = 0.f;
+#pragma unroll
+    for (int part = 0; part < CLUSTER; part++) {
+        if (part == rank) x = parts[part];
+#pragma unroll
+        for (int v = 0; v < PartInputs::VECTORS; v++)
+            if (PartInputs::channel(v) < PART)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float f = to_float(parts[part].get(v, i));
+                    squares += f * f;
+                }
+    }
+    const float scale = rsqrtf(block_sum(squares, scratch) / K + eps);
+#pragma unroll
+    for (int v = 0; v < PartInputs::VECTORS; v++)
+        x.set(v, [&](int i) { return to_float(norm.get(v, i)) * rounded(to_float(x.get(v, i)) * scale); });
+    return x;
+}
+
 // Exclusive sums of `mine` over the block's threads, and the total. scratch [WARPS] must not be in use.
 struct Scan {
     u32 before, total;

@@ -38,33 +38,6 @@ struct Shared {
     alignas(16) u32 list[PartList::LENGTH];
 };
 
-// x / rms(x) * norm, rounded where models round, of the part `rank` of x.
-__device__ __forceinline__ PartInputs normalized(const Arguments& arguments, int rank, float* scratch) {
-    PartInputs parts[CLUSTER], norm, x;
-    norm.read(arguments.norm + rank * PART);
-    await_previous_kernel();
-#pragma unroll
-    for (int part = 0; part < CLUSTER; part++) parts[part].read(arguments.x + part * PART);
-    float squares = 0.f;
-#pragma unroll
-    for (int part = 0; part < CLUSTER; part++) {
-        if (part == rank) x = parts[part];
-#pragma unroll
-        for (int v = 0; v < PartInputs::VECTORS; v++)
-            if (PartInputs::channel(v) < PART)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float f = to_float(parts[part].get(v, i));
-                    squares += f * f;
-                }
-    }
-    const float scale = rsqrtf(block_sum(squares, scratch) / CHANNELS + arguments.eps);
-#pragma unroll
-    for (int v = 0; v < PartInputs::VECTORS; v++)
-        x.set(v, [&](int i) { return to_float(norm.get(v, i)) * rounded(to_float(x.get(v, i)) * scale); });
-    return x;
-}
-
 // silu(gate) * up, rounded where models round, of the part `rank`.
 __device__ __forceinline__ PartInputs gated(const Arguments& arguments, int rank) {
     PartInputs gate, up;
@@ -116,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
 
     PartInputs x;
     if constexpr (INPUT == NORMALIZED) {
-        x = normalized(arguments, rank, shared.squares);
+        x = normalized<CHANNELS>(arguments.x, arguments.norm, arguments.eps, rank, shared.squares);
     } else if constexpr (INPUT == GATED) {
         x = gated(arguments, rank);
     } else {
