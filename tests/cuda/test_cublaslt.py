@@ -167,6 +167,13 @@ def test_without_a_cache_it_measures_once_in_a_process(library: Library, monkeyp
     assert library.products.value == MEASURING + 3
 
 
+def test_nothing_is_kept_where_all_fail(library: Library, tmp_path: Path) -> None:
+    x, weight, _ = operands()
+    library.proposed.value, library.failing.value = 1, 0
+    assert gemm(x, weight, None) is None
+    assert not (tmp_path / "cache").exists()
+
+
 def test_an_algorithm_that_fails_is_not_taken(library: Library) -> None:
     x, weight, _ = operands()
     library.failing.value = 1
@@ -211,6 +218,7 @@ def test_where_it_cannot_serve(library: Library, monkeypatch: pytest.MonkeyPatch
     x, weight, _ = operands()
     assert gemm(x[:0], weight, None) is None
     assert gemm(x.float(), weight.float(), None) is None
+    assert gemm(x.half(), weight, None) is None
     assert gemm(x, weight.t().contiguous().t(), None) is None
     assert gemm(x.float().requires_grad_().to(BRAIN), weight, None) is None
     assert gemm(x.expand(cublaslt.MOST_TOKENS // 5 + 1, 5, -1), weight, None) is None

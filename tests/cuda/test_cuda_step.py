@@ -109,6 +109,20 @@ def test_logits(dtype: torch.dtype, head: float, monkeypatch: pytest.MonkeyPatch
         both.check(got, want)
 
 
+@pytest.mark.parametrize("head", [0.0, 0.5])
+def test_a_hidden_state_that_is_not_finite_shows_in_the_logits(head: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaWeight, "layout", "channel_major")
+    both = Both(engine_of("llama-biases", HALF, monkeypatch))
+    both.engine.lm_head.set_sparsity(head)
+    both.engine.embed_tokens.weight.data[7, 3] = float("nan")
+    token, at = torch.tensor([7]), torch.tensor([PROMPT])
+    with torch.inference_mode():
+        assert both.engine.decode(token, at, both.caches[0]).isnan().all()
+        logits = both.step.logits(both.engine, token, at, both.view)
+    assert logits is not None
+    assert logits.isnan().all()
+
+
 def test_other_steps_give_the_logits_of_several_sequences_and_of_watched_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

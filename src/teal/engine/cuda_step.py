@@ -130,7 +130,7 @@ class CudaDecodeStep:
         self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
         self._head_inputs = buffer(hidden)
         macros = nvrtc.common_macros(dtype, HEAD_INPUTS_THREADS) | {"HIDDEN": hidden}
-        shared_bytes = 2 * 4 * HEAD_INPUTS_THREADS // 32
+        shared_bytes = head_inputs_shared_bytes(HEAD_INPUTS_THREADS)
         self._find_head_inputs = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, shared_bytes)
         self._project_head: dict[str, Projection] = {}  # by kind
         self.observed = False
@@ -169,7 +169,7 @@ class CudaDecodeStep:
 
     def _head(self, model: "DecoderModel") -> Tensor:
         head, norm, eps = model.lm_head, model.norm.weight, self._config.rms_norm_eps
-        if head.packed.layout != CudaWeight.layout or head.always_dense or head.observer is not None:
+        if head.packed.layout != CudaWeight.layout:
             return head.decode(model.norm(self._hidden[None]))
         logits = torch.empty(1, head.out_features, dtype=self._hidden.dtype, device=self._hidden.device)
         weight, y = head.packed.storage[0], logits[0]
@@ -318,3 +318,8 @@ def attention_shared_bytes(config: EngineConfig, shares: int, threads: int) -> i
     own = max(2 * 16 * 2 * dim, 4 * group * (dim + 4))  # of a warp
     inputs = 2 * (-(-group // 8) * 8 * (dim + 8) + 2 * dim)
     return warps * own + inputs + 4 * group * (2 * warps + max(warps, shares) + 2) + 64
+
+
+def head_inputs_shared_bytes(threads: int) -> int:
+    """Size of `Shared` in head_inputs.cu."""
+    return 2 * 4 * threads // 32

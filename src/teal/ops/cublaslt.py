@@ -41,9 +41,9 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     forbids to measure, unless the fastest algorithm is known from before.
     """
     (k, n), tokens = weight.shape, x.numel() // x.shape[-1]
-    if not 0 < tokens <= MOST_TOKENS or x.dtype not in TYPES or x.requires_grad or torch.compiler.is_compiling():
+    if not 0 < tokens <= MOST_TOKENS or x.requires_grad or torch.compiler.is_compiling():
         return None
-    if not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
+    if x.dtype not in TYPES or weight.dtype != x.dtype or not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
         return None
     rows = x.reshape(tokens, k).contiguous()
     if rows.data_ptr() % ALIGNMENT:
@@ -126,6 +126,8 @@ def fastest(times: Sequence[Sequence[float]]) -> int:
     """The index of the proposal to take, by the times of each: the first, unless another gains enough on it."""
     medians = [statistics.median(each) for each in times]
     best = min(range(len(medians)), key=medians.__getitem__)
+    if math.isinf(medians[best]):
+        raise _Failure("all that it proposes fails")
     return best if medians[best] <= GAIN * medians[0] else 0
 
 
