@@ -372,7 +372,7 @@ class TestPipeline:
         assert text(1) == text(1) != text(2)
 
     def test_chat(self, teal: Callable[..., Outcome]) -> None:
-        lines = b"Hello\n\n/level 0.25\n/level 2\nAgain\n/clear\nAnew\n/exit\nnever read\n"
+        lines = b"Hello\n\n/level 0.25\n/level 2\n/quit\nAgain\n/clear\nAnew\n/exit\nnever read\n"
         rewrite(Path("model/config.json"), lambda config: config.update(max_position_embeddings=256))
         result = teal("chat", "model", "--max-new-tokens", 5, "--json", "chat.json", stdin=lines)
         assert result.code == 0
@@ -380,7 +380,10 @@ class TestPipeline:
         assert [turn["user"] for turn in turns] == ["Hello", "Again", "Anew"]
         assert [turn["level"] for turn in turns] == [0.5, 0.25, 0.25]
         assert turns[1]["prompt_tokens"] > turns[2]["prompt_tokens"]
-        assert result.complaints == ["teal: sparsity must be at least 0 and below 1, got 2; 0.5 means half"]
+        assert result.complaints == [
+            "teal: sparsity must be at least 0 and below 1, got 2; 0.5 means half",
+            "teal: /quit is not a command: there are /level S, /clear and /exit",
+        ]
         assert "sparsity 0.25\n" in result.err
 
     def test_a_failing_turn_does_not_end_a_chat(self, teal: Callable[..., Outcome]) -> None:

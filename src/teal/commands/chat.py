@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
                 messages = list(opening)
             elif line.startswith("/level"):
                 _turn_level(model, line)
+            elif line.startswith("/") and line[1:].isalpha():
+                raise UsageError(f"{line} is not a command: there are /level S, /clear and /exit")
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
                 answer = _answer(model, asked, arguments)

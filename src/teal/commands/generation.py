@@ -130,8 +130,8 @@ class TextModel:
         room = self.context - len(prompt_ids)
         if room < 1:
             raise TealError(
-                f"the prompt of {len(prompt_ids)} tokens leaves no room in a context of {self.context}; shorten it, or "
-                "pass a larger --context if the model has one"
+                f"the prompt of {len(prompt_ids)} tokens leaves no room in a context of {self.context}; shorten it "
+                "(in a chat: /clear), or pass a larger --context if the model has one"
             )
         max_new_tokens = min(max_new_tokens, room)
         statistics: dict[str, Any] = {"level": self.level, "prompt_tokens": len(prompt_ids)}
