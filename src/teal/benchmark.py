@@ -54,7 +54,7 @@ class LevelSpeed:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`speeds` by level, dense first. `bandwidth` in bytes per second is the median of a plain read."""
+    """`speeds` by level, dense first. `bandwidth` in bytes per second is the median of a read, on a GPU of a copy."""
 
     speeds: list[LevelSpeed]
     bandwidth: float
