@@ -245,7 +245,10 @@ def test_no_library(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_first_proposal_stays_unless_another_gains_enough() -> None:
     assert fastest([[1.0, 9.0, 1.0], [0.98, 0.98, 0.98]]) == 0
     assert fastest([[1.0, 1.0, 9.0], [0.99] * 3, [0.9, 0.96, 0.97]]) == 2
-    assert fastest([[2.0]]) == 0
+    assert fastest([[1.0, 0.8, 0.8], [0.7, 0.75, 0.79]]) == 1
+    assert fastest([[1.0, 0.8, 0.7], [0.7, 0.7, 0.8]]) == 1
+    assert fastest([[1.0, 0.9, 0.7], [0.6, 0.95, 0.95]]) == 0, "not clearly"
+    assert fastest([[2.0] * 3]) == 0
     assert fastest([[math.inf] * 3, [9.0] * 3]) == 1
 
 

@@ -23,6 +23,7 @@ from teal.artifacts import cached
 MOST_TOKENS = 4096  # of more, products are long, and the first proposal is as good as any
 MOST_PROPOSALS = 8  # cuBLASLt makes no more
 REPEATS = 5
+READS = 3  # of a buffer larger than the cache; together longer than the host takes to start a product
 GAIN = 0.97  # of the time of the first proposal, at most, for another to be taken
 MOST_WORKSPACE = 32 << 20
 ALIGNMENT = 256  # bytes, which cuBLASLt takes for granted
@@ -123,12 +124,16 @@ def measured_tokens(tokens: int) -> int:
 
 
 def fastest(times: Sequence[Sequence[float]]) -> int:
-    """The index of the proposal to take, by the times of each: the first, unless another gains enough on it."""
+    """The index of the proposal to take, by three or more times of each: the first, unless another is clearly faster.
+
+    That is by its median, and all but its longest time are below all but the shortest of the first.
+    """
     medians = [statistics.median(each) for each in times]
     best = min(range(len(medians)), key=medians.__getitem__)
     if math.isinf(medians[best]):
         raise _Failure("all that it proposes fails")
-    return best if medians[best] <= GAIN * medians[0] else 0
+    clearly = sorted(times[best])[-2] < sorted(times[0])[1]
+    return best if clearly and medians[best] <= GAIN * medians[0] else 0
 
 
 class _Failure(Exception):
@@ -181,15 +186,19 @@ def _fastest_proposal(tokens: int, x: Tensor, weight: Tensor) -> Algorithm:
 
 
 def _times(product: Product, proposals: Sequence[Algorithm], x: Tensor, weight: Tensor) -> list[list[float]]:
-    """Milliseconds of each, REPEATS times in turn, infinite if it fails; weights come from memory, not from a cache."""
+    """Milliseconds of each, REPEATS times in turn, infinite if it fails.
+
+    The weights come from memory, and nothing is left to be written back there: the cache was filled by reading.
+    """
     y = torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
     size = 2 * torch.cuda.get_device_properties(x.device).L2_cache_size
-    other = torch.empty(size, dtype=torch.uint8, device=x.device)
+    other = torch.zeros(size // 4, dtype=torch.float32, device=x.device)
     times: list[list[float]] = [[] for _ in proposals]
     for repeat in range(-1, REPEATS):  # the first warms up
         for algorithm, its_times in zip(proposals, times, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            other.zero_()
+            for _ in range(READS):
+                other.sum()
             start.record()
             try:
                 product.run(algorithm, x, weight, y)
