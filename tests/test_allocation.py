@@ -16,13 +16,14 @@ from teal.allocation import allocate
 from teal.blockwalk import BlockSource, open_blocks
 from teal.blockwise_allocation import BlockError, GreedyConfig, greedy_trajectory
 from teal.calibration import calibrate
-from teal.data import TokenBlocks
+from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
 from teal.ops.reference import drop_small
 from teal.plan import DENSE, level_grid
 from teal.scores import magnitude_thresholds
 from teal.statistics import ActivationStatistics, InputStatistics
 from teal.structure import INPUT_OF_PROJECTION, ModelStructure, Projection
+from teal.tuning import calibration_texts
 
 TOKENS = random_tokens(2, 24)
 LEVELS = (0.0, 0.25, 0.4, 0.6)
@@ -46,6 +47,13 @@ def thresholds_of(model: nn.Module) -> Callable[[str, float], float | Tensor]:
 
 def leaf(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TokenBlocks(TOKENS, ("text",), 0)])
+def test_the_text_a_plan_is_made_on_can_be_told(tokens: Tensor | TokenBlocks) -> None:
+    plan = blockwise(tiny_model(), tokens=tokens)
+    assert hash_tokens(TOKENS) in {text["tokens_sha256"] for text in calibration_texts(plan)}
+    assert plan.details["text"]["tokens_sha256"] == hash_tokens(TOKENS)
 
 
 class TestUniform:

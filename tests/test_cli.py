@@ -26,6 +26,7 @@ from teal import cli
 from teal.errors import TealError
 from teal.ops import native
 from teal.plan import SparsityPlan
+from teal.samples import write_samples
 from teal.statistics import ActivationStatistics
 
 LEVELS = (0.0, 0.25, 0.5, 0.75)
@@ -403,6 +404,12 @@ class TestPipeline:
         assert [speed["level"] for speed in json.loads(Path("b.json").read_text())["speeds"]] == [0, 0.5]
         assert teal("inspect", "b.json").out == result.out
         assert json.loads(teal(*arguments, "--json", "-").out)["details"]["model"] == "model"
+
+    def test_inspect_shows_samples(self, teal: Callable[..., Outcome]) -> None:
+        texts = [{"level": 0.0, "prompt": "A", "text": " b."}, {"level": 0.5, "prompt": "A", "text": " c."}]
+        write_samples(Path("samples.json"), texts, "greedy")
+        result = teal("inspect", "samples.json")
+        assert result.out == "greedy\n\ndense: A b.\n\nsparsity 0.5: A c.\n"
 
     @pytest.mark.parametrize(
         ("options", "layout"),

@@ -89,16 +89,16 @@ def test_nan_is_kept():
     assert sparse_gemv(x, pack(weight), torch.tensor(10.0, device="cuda")).isnan().all()
 
 
-def tiny_engine(family: str, layout: str | None, monkeypatch: pytest.MonkeyPatch) -> DecoderModel:
+def tiny_engine(family: str, layout: str | None, monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> DecoderModel:
     if layout:
         monkeypatch.setenv("TEAL_LAYOUT", layout)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 256}
     config = tiny_config(family, **sizes)
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def take(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         scale = 0.1 if len(shape) > 1 else 0.2
-        values = torch.randn(shape, device="cuda", generator=generator) * scale + ("norm" in name)
+        values = torch.randn(shape, device=device, generator=generator) * scale + ("norm" in name)
         return values.to(torch.float16)
 
     engine = DecoderModel(EngineConfig.of(config), take, 256).eval()
@@ -141,6 +141,19 @@ def test_a_state_generates_the_same_again_and_follows_a_new_level(sampling, monk
         fresh = list(decode_tokens(engine, [5, 6, 7], 40, sampling, ignore_eos=True))
         assert changed == fresh
     assert changed != first
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_current(monkeypatch):
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        engine = tiny_engine("llama", None, monkeypatch, device)
+        assert isinstance(engine.decode_step, CudaDecodeStep)
+        engine.lm_head.set_sparsity(0.5)
+        for layer in sparse_layers(engine).values():
+            layer.set_threshold(0.3)
+        texts.append(list(decode_tokens(engine, list(range(5, 25)), 40, ignore_eos=True, state=DecodeState.of(engine))))
+    assert texts[0] == texts[1]
 
 
 def test_a_sparse_head(monkeypatch):

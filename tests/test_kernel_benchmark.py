@@ -9,7 +9,7 @@ from helpers import tiny_model
 
 from teal import kernel_benchmark as module
 from teal.errors import TealError
-from teal.kernel_benchmark import benchmark_kernels, kernel_rule, kernel_table, projection_shapes
+from teal.kernel_benchmark import KernelBenchmark, benchmark_kernels, kernel_rule, kernel_table, projection_shapes
 from teal.ops import native
 from teal.ops.cpu import TiledWeight
 from teal.structure import ModelStructure
@@ -38,7 +38,11 @@ def test_figures(quantization: str | None) -> None:
     assert sparse.sparsity == pytest.approx(0.5, abs=0.03)
     assert sparse.bytes_read == pytest.approx(dense.bytes_read / 2, rel=0.05)
     assert result.bandwidth > 0
-    assert json.loads(json.dumps(result.to_json(), allow_nan=False))["details"]["weights"] == quantization or "bfloat16"
+    payload = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert payload["details"]["weights"] == (quantization or "bfloat16")
+    again = KernelBenchmark.from_json(payload, "here")
+    assert json.loads(json.dumps(again.to_json())) == payload
+    assert kernel_table(again) == kernel_table(result)
     columns, rows = kernel_table(result)
     assert all(len(row) == len(columns) for row in rows)
     assert "plain read" in kernel_rule(result)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teal.blockwalk import BlockSource, open_blocks
 from teal.blockwise_allocation import GreedyConfig, allocate_blockwise
 from teal.compensation import compensations, mean_shifts
-from teal.data import TokenBlocks, hash_tokens, token_ids
+from teal.data import TokenBlocks, describe, hash_tokens, token_ids
 from teal.errors import UsageError
 from teal.global_allocation import STRIDE, Choices, allocate_global
 from teal.plan import ProjectionPlan, SparsityPlan, check_level, level_grid
@@ -69,7 +69,7 @@ def allocate(
     if model is None or tokens is None:
         raise UsageError("all allocation but uniform, by magnitude, runs the model: give it a model and tokens")
     ids = token_ids(tokens)
-    details["text"] = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    details["text"] = describe(tokens)
     source = model if isinstance(model, BlockSource) else open_blocks(model)
     statistics.identity.check_fits(source.identity, "the statistics")
     if ids.shape[1] <= statistics.dense_tokens:

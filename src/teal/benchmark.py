@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,13 +66,7 @@ class Benchmark:
     @classmethod
     def from_json(cls, payload: dict[str, Any], where: object) -> "Benchmark":
         """Read what `to_json` gave. Raises TealError naming `where` for anything that does not belong."""
-        check_header(payload, FORMAT, VERSION, where)
-        keys = ("format", "version", "bandwidth", "details", "speeds")
-        check_keys(payload, keys, where, keys)
-        try:
-            return cls([LevelSpeed(**speed) for speed in payload["speeds"]], payload["bandwidth"], payload["details"])
-        except TypeError as error:
-            raise TealError(f"{where} is damaged ({error}); measure again") from error
+        return cls(*speeds_from_json(FORMAT, VERSION, LevelSpeed, payload, where))
 
 
 def speeds_to_json(
@@ -83,6 +77,19 @@ def speeds_to_json(
         "format": format_name, "version": version, "bandwidth": bandwidth, "details": details,
         "speeds": [vars(speed) for speed in speeds],
     }  # fmt: skip
+
+
+def speeds_from_json(
+    format_name: str, version: int, kind: Callable[..., Any], payload: dict[str, Any], where: object
+) -> tuple[list[Any], float, dict[str, Any]]:
+    """Speeds of this `kind`, bandwidth and details of what `speeds_to_json` gave."""
+    check_header(payload, format_name, version, where)
+    keys = ("format", "version", "bandwidth", "details", "speeds")
+    check_keys(payload, keys, where, keys)
+    try:
+        return [kind(**speed) for speed in payload["speeds"]], payload["bandwidth"], payload["details"]
+    except TypeError as error:
+        raise TealError(f"{where} is damaged ({error}); measure again") from error
 
 
 def benchmark(

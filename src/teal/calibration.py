@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teal.blockwalk import BlockSource, Spool, open_blocks, run_block
-from teal.data import TokenBlocks, hash_tokens, token_ids
+from teal.data import TokenBlocks, describe, hash_tokens, token_ids
 from teal.errors import TealError, UsageError
 from teal.progress import track
 from teal.statistics import ActivationStatistics, InputStatistics, block_tensors, from_tensors
@@ -41,7 +41,7 @@ def calibrate(
         "stage": "calibrate", "model": source.identity.weights, "tokens": hash_tokens(ids),
         "dense_tokens": dense_tokens, "dtype": str(hidden.dtype).removeprefix("torch."),
     }  # fmt: skip
-    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": job["tokens"]}
+    details = describe(tokens)
     progress = Spool(spool, job)
     hidden = hidden if progress.hidden is None else progress.hidden.to(hidden.device)
     blocks = []

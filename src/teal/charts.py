@@ -94,16 +94,14 @@ def lines(
     return _svg(draw, 3.3, title, description)
 
 
-def heat_map(
-    rows: Sequence[dict[str, float]], *, title: str, description: str, limits: tuple[float, float] = (0.0, 1.0)
-) -> str:
+def heat_map(rows: Sequence[dict[str, float]], *, title: str, description: str) -> str:
     """Shares by block (downwards) and projection."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = [[row.get(name, math.nan) for name in names] for row in rows]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        mesh = axes.pcolormesh(values, cmap=SHADES, vmin=limits[0], vmax=limits[1], edgecolors=PAGE, linewidth=0.5)
+        mesh = axes.pcolormesh(values, cmap=SHADES, vmin=0.0, vmax=1.0, edgecolors=PAGE, linewidth=0.5)
         axes.grid(False)
         axes.invert_yaxis()
         axes.spines[:].set_visible(False)

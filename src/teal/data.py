@@ -40,6 +40,11 @@ class TokenBlocks:
         }
 
 
+def describe(tokens: Tensor | TokenBlocks) -> dict[str, Any]:
+    """For the record: where tokens come from and their hash, of mere ids the hash alone."""
+    return tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": hash_tokens(tokens)}
+
+
 def token_ids(tokens: Tensor | TokenBlocks) -> Tensor:
     """The ids [B, L] of blocks, or ids as they are."""
     return tokens.ids if isinstance(tokens, TokenBlocks) else tokens

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from teal.artifacts import check_header, check_keys
 from teal.blockwalk import check_evaluation_mode
 from teal.calibration import DENSE_TOKENS
-from teal.data import TokenBlocks, check_tokens, token_ids
+from teal.data import TokenBlocks, check_tokens, describe, token_ids
 from teal.errors import TealError, UsageError
 from teal.linear import SparseLinear, sparse_from
 from teal.ops.quantize import round_to_nearest
@@ -183,7 +183,7 @@ def evaluate(
             _score(model, rows.to(next(model.parameters()).device), dense_tokens, dense, runs)
     perplexity, error = dense.perplexity()
     measurements = [_measure(run, dense) for run in runs]
-    details = tokens.describe() if isinstance(tokens, TokenBlocks) else {}
+    details = describe(tokens)
     if quantization is not None:
         details["weights"] = quantization
     if simulate_bits is not None:

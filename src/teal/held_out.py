@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from teal.data import TokenBlocks, hash_tokens, token_ids
+from teal.data import TokenBlocks, describe, token_ids
 from teal.errors import UsageError
 from teal.evaluation import Evaluation, evaluate
 from teal.paired_loss import LEAST
@@ -51,8 +51,7 @@ class HeldOutText:
             )
         half, self.length = len(self.ids) // 2, self.ids.shape[1]
         self.search, self.confirmation = self.ids[:half], self.ids[half:]
-        said = tokens.describe() if isinstance(tokens, TokenBlocks) else {"tokens_sha256": hash_tokens(self.ids)}
-        self.details = said | {
+        self.details = describe(tokens) | {
             "search_sequences": half, "confirmation_sequences": len(self.ids) - half, "sequence_length": self.length
         }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.benchmark import TOLERANCE, read_bandwidth, speeds_to_json
+from teal.benchmark import TOLERANCE, read_bandwidth, speeds_from_json, speeds_to_json
 from teal.errors import TealError
 from teal.ops import native, reference
 from teal.ops.cpu import TiledWeight
@@ -61,6 +61,11 @@ class KernelBenchmark:
 
     def to_json(self) -> dict[str, Any]:
         return speeds_to_json(FORMAT, VERSION, self.speeds, self.bandwidth, self.details)
+
+    @classmethod
+    def from_json(cls, payload: dict[str, Any], where: object) -> "KernelBenchmark":
+        """Read what `to_json` gave. Raises TealError naming `where` for anything that does not belong."""
+        return cls(*speeds_from_json(FORMAT, VERSION, KernelSpeed, payload, where))
 
 
 def projection_shapes(structure: ModelStructure) -> dict[str, tuple[int, int]]:

@@ -20,6 +20,7 @@ from teal.errors import UsageError
 if TYPE_CHECKING:
     from teal.benchmark import Benchmark
     from teal.engine.model import DecoderModel
+    from teal.kernel_benchmark import KernelBenchmark
     from teal.plan import SparsityPlan
 
 
@@ -76,7 +77,7 @@ def _run_kernels(arguments: argparse.Namespace) -> None:
     import torch
 
     from teal.checkpoint import resolve_model, structure_from_config
-    from teal.kernel_benchmark import benchmark_kernels, kernel_rule, kernel_table, projection_shapes
+    from teal.kernel_benchmark import benchmark_kernels, projection_shapes
     from teal.shapes import shape_structure
 
     if arguments.shape:
@@ -92,8 +93,7 @@ def _run_kernels(arguments: argparse.Namespace) -> None:
         show_progress=True,
     )
     common.write_result(arguments, result.to_json())
-    common.print_table(arguments, *kernel_table(result))
-    common.say(arguments, kernel_rule(result))
+    show_kernels(arguments, result)
 
 
 def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
@@ -102,6 +102,14 @@ def show(arguments: argparse.Namespace, result: "Benchmark") -> None:
 
     common.print_table(arguments, *speed_table(result))
     common.say(arguments, *speed_rule(result))
+
+
+def show_kernels(arguments: argparse.Namespace, result: "KernelBenchmark") -> None:
+    """Print a benchmark of kernels as a table, with what it was measured on below."""
+    from teal.kernel_benchmark import kernel_rule, kernel_table
+
+    common.print_table(arguments, *kernel_table(result))
+    common.say(arguments, kernel_rule(result))
 
 
 Loaded = tuple["DecoderModel", "SparsityPlan", float | None, list[int], str]  # with the level chosen and a name

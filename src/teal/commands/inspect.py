@@ -1,4 +1,4 @@
-"""Show what a plan, statistics, an evaluation, a benchmark, a tuning, a saved sparse model or a checkpoint holds.
+"""Show what a plan, statistics, a result, a saved sparse model or a checkpoint holds.
 
 examples:
   teal inspect                                     the embedded model
@@ -11,6 +11,7 @@ examples:
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,26 +56,28 @@ def _identity(arguments: argparse.Namespace, identity: "ModelIdentity") -> None:
 
 
 def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    from teal import benchmark, evaluation, task_evaluation, tuning
+    from teal import kernel_benchmark
+    from teal.artifact_directory import READERS
     from teal.artifacts import read_json
 
     payload = read_json(path)
-    if payload.get("format") == evaluation.FORMAT:
-        evaluate.show(arguments, evaluation.Evaluation.from_json(payload, path))
-        return payload
-    if payload.get("format") == evaluation.TEXTS_FORMAT:
-        evaluate.show_texts(arguments, evaluation.texts_from_json(payload, path))
-        return payload
-    if payload.get("format") == task_evaluation.FORMAT:
-        tasks.show(arguments, task_evaluation.TaskEvaluation.from_json(payload, path))
-        return payload
-    if payload.get("format") == benchmark.FORMAT:
-        bench.show(arguments, benchmark.Benchmark.from_json(payload, path))
-        return payload
-    if payload.get("format") == tuning.FORMAT:
-        tune.show(arguments, tuning.Tuning.from_json(payload, path))
-        return payload
-    return _plan(arguments, path)
+    readers = READERS | {kernel_benchmark.FORMAT: ("kernels", kernel_benchmark.KernelBenchmark.from_json)}
+    kind, read = readers.get(str(payload.get("format")), ("plans", None))
+    if read is None or kind == "plans":
+        return _plan(arguments, path)
+    show: dict[str, Callable[[argparse.Namespace, Any], None]] = {
+        "evaluations": evaluate.show, "texts": evaluate.show_texts, "tasks": tasks.show, "tunings": tune.show,
+        "benchmarks": bench.show, "kernels": bench.show_kernels, "samples": _samples,
+    }  # fmt: skip
+    show[kind](arguments, read(payload, path))
+    return payload
+
+
+def _samples(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
+    common.say(arguments, content["sampling"])
+    for sample in content["samples"]:
+        how = "dense" if sample["level"] == 0 else f"sparsity {sample['level']:g}"
+        common.say(arguments, f"\n{how}: {sample['prompt']}{sample['text']}")
 
 
 def _plan(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:

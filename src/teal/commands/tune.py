@@ -193,7 +193,8 @@ def _run_verb(arguments: argparse.Namespace, verb: Any) -> None:
     """What the user would run by hand, with its defaults; what it says goes where our own text goes."""
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)
-    given = parser.parse_args([*([arguments.model] if arguments.model else []), "--dtype", arguments.dtype])
+    options = ["--dtype", arguments.dtype, "--device", arguments.device]
+    given = parser.parse_args([*([arguments.model] if arguments.model else []), *options])
     with contextlib.redirect_stdout(common.human_stream(arguments)):
         verb.run(given)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teal.engine.cache import KVCache
-from teal.engine.cuda_step import CudaDecodeStep
+from teal.engine.decode_step import WholeTokenStep
 from teal.engine.model import DecoderModel
 
 
@@ -29,23 +29,24 @@ class CapturedToken:
     @staticmethod
     def serves(engine: DecoderModel, batch: int) -> bool:
         """Whether the model's decode step can be captured."""
-        return batch == 1 and isinstance(engine.decode_step, CudaDecodeStep)
+        return batch == 1 and engine.device.type == "cuda" and isinstance(engine.decode_step, WholeTokenStep)
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
         """Run the token; the next call overwrites what `run` returned. Nothing waits for the host."""
         step = self._engine.decode_step
-        assert isinstance(step, CudaDecodeStep)
+        assert isinstance(step, WholeTokenStep)
         now = step.refresh(self._engine.blocks, self._cache), self._engine.lm_head.sparsity
         if step.observed:
             return self._run()
-        if now != self._captured:
-            self._capture()
-            self._captured = now
-        assert self._graph is not None
-        assert self._result is not None
-        self._graph.replay()
-        return self._result
+        with torch.accelerator.device_index(self._engine.device.index):
+            if now != self._captured:
+                self._capture()
+                self._captured = now
+            assert self._graph is not None
+            assert self._result is not None
+            self._graph.replay()
+            return self._result
 
     def _capture(self) -> None:
         before = [buffer.clone() for buffer in self._buffers]

@@ -144,7 +144,7 @@ class _PreparedLayer:
     def refresh(self) -> bool:
         """Whether the native call may serve; False while the layer is observed."""
         layer = self.layer
-        buffers = layer._buffers
+        buffers = layer._buffers  # attributes of a module cost a search, here for each projection and token
         threshold, sparse_bias, revision, dense = self._seen
         if (
             buffers["threshold"] is not threshold

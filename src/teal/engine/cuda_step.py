@@ -93,50 +93,51 @@ def refusal(config: EngineConfig, dtype: torch.dtype) -> str | None:
 
 
 class CudaDecodeStep:
-    """See `engine.decode_step.DecodeStep`. Batches of more than one sequence take the reference's step.
+    """See `engine.decode_step.WholeTokenStep`. Batches of more than one sequence take the reference's step.
 
     Raises TealError if a kernel does not compile.
     """
 
     def __init__(self, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._config = config
-        query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        hidden, inner = config.hidden_size, config.intermediate_size
+        self._config, self._device = config, device
+        with torch.accelerator.device_index(device.index):
+            query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+            hidden, inner = config.hidden_size, config.intermediate_size
 
-        def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            def buffer(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._token = (buffer(1, dtype=torch.int64), buffer(config.head_dim), buffer(config.head_dim))
-        self._hidden, self._middle = buffer(hidden), buffer(hidden)
-        self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
-        self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
-        self._keep_nonzero = torch.zeros((), dtype=torch.float32, device=device)
-        self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
-        self._project_o = Projection(query, (hidden,), dtype)
-        self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
-        self._project_down = Projection(inner, (hidden,), dtype, kind="gated")
-        self._shares = max(1, torch.cuda.get_device_properties(device).multi_processor_count // config.kv_heads)
-        group = config.heads // config.kv_heads
-        self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 4), dtype=torch.float32)
-        self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
-        self._attention_threads = attention_threads(config, self._shares, nvrtc.most_shared_bytes())
-        self._attention = nvrtc.compile_kernel(
-            "attention.cu",
-            "attention",
-            attention_macros(config, dtype, self._shares, self._attention_threads),
-            attention_shared_bytes(config, self._shares, self._attention_threads),
-        )
-        macros = nvrtc.common_macros(dtype, EMBED_THREADS) | {"HIDDEN": hidden, "HEAD_DIM": config.head_dim}
-        self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
-        self._head_inputs = buffer(hidden)
-        macros = nvrtc.common_macros(dtype, HEAD_INPUTS_THREADS) | {"HIDDEN": hidden}
-        shared_bytes = head_inputs_shared_bytes(HEAD_INPUTS_THREADS)
-        self._find_head_inputs = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, shared_bytes)
-        self._project_head: dict[str, Projection] = {}  # by kind
-        self.observed = False
-        self._revision = 0
-        self._tensors: list[Any] = []
-        self._launches: list[nvrtc.Launch] = []
+            self._token = (buffer(1, dtype=torch.int64), buffer(config.head_dim), buffer(config.head_dim))
+            self._hidden, self._middle = buffer(hidden), buffer(hidden)
+            self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
+            self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
+            self._keep_nonzero = torch.zeros((), dtype=torch.float32, device=device)
+            self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
+            self._project_o = Projection(query, (hidden,), dtype)
+            self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
+            self._project_down = Projection(inner, (hidden,), dtype, kind="gated")
+            self._shares = max(1, torch.cuda.get_device_properties(device).multi_processor_count // config.kv_heads)
+            group = config.heads // config.kv_heads
+            self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 4), dtype=torch.float32)
+            self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
+            self._attention_threads = attention_threads(config, self._shares, nvrtc.most_shared_bytes())
+            self._attention = nvrtc.compile_kernel(
+                "attention.cu",
+                "attention",
+                attention_macros(config, dtype, self._shares, self._attention_threads),
+                attention_shared_bytes(config, self._shares, self._attention_threads),
+            )
+            macros = nvrtc.common_macros(dtype, EMBED_THREADS) | {"HIDDEN": hidden, "HEAD_DIM": config.head_dim}
+            self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
+            self._head_inputs = buffer(hidden)
+            macros = nvrtc.common_macros(dtype, HEAD_INPUTS_THREADS) | {"HIDDEN": hidden}
+            shared_bytes = head_inputs_shared_bytes(HEAD_INPUTS_THREADS)
+            self._find_head_inputs = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, shared_bytes)
+            self._project_head: dict[str, Projection] = {}  # by kind
+            self.observed = False
+            self._revision = 0
+            self._tensors: list[Any] = []
+            self._launches: list[nvrtc.Launch] = []
 
     def __call__(
         self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
@@ -146,19 +147,20 @@ class CudaDecodeStep:
         self._hidden.copy_(hidden[0])
         for own, given in zip(self._token, position, strict=True):
             own.copy_(given.view_as(own))
-        _start(self._launches)
+        with torch.accelerator.device_index(self._device.index):
+            _start(self._launches)
         return self._hidden.clone()[None]
 
     def logits(self, model: "DecoderModel", token: Tensor, position: Tensor, cache: KVCache) -> Tensor | None:
-        """See `DecoderModel.decode`: token [1] at position [1] -> logits [1, V]; None where other steps must serve."""
         if any(
             of.shape != (1,) or of.dtype != torch.int64 or of.device != self._hidden.device for of in (token, position)
         ):
             return None
         if not self._ready(model.blocks, cache):
             return None
-        _start([self._embedding(model, token, position), *self._launches])
-        return self._head(model)
+        with torch.accelerator.device_index(self._device.index):
+            _start([self._embedding(model, token, position), *self._launches])
+            return self._head(model)
 
     def _embedding(self, model: "DecoderModel", token: Tensor, position: Tensor) -> nvrtc.Launch:
         own_position, cosine, sine = self._token
@@ -201,22 +203,19 @@ class CudaDecodeStep:
         return not self.observed
 
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
-        """Prepare the launches anew if tensors were replaced since; returns how often that was: what was captured
-        at another number is stale.
-
-        `observed` then tells whether someone watches a projection's inputs, which only the reference's step shows.
-        """
+        """Prepares the launches anew if tensors were replaced since."""
         layers = [layer for block in blocks for layer in block.projections]
         self.observed = any(layer.observer is not None for layer in layers)
         tensors = [*(setting for layer in layers for setting in _settings(layer)), *cache.blocks]
         if len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True)):
             return self._revision
         self._tensors = tensors
-        self._launches = [
-            launch
-            for index, (block, block_cache) in enumerate(zip(blocks, cache.blocks, strict=True))
-            for launch in self._block_launches(block, block_cache, index == 0, *blocks[index + 1 : index + 2])
-        ]
+        with torch.accelerator.device_index(self._device.index):
+            self._launches = [
+                launch
+                for index, (block, block_cache) in enumerate(zip(blocks, cache.blocks, strict=True))
+                for launch in self._block_launches(block, block_cache, index == 0, *blocks[index + 1 : index + 2])
+            ]
         self._revision += 1
         return self._revision
 

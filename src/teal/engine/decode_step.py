@@ -10,7 +10,7 @@ What a backend may rely on, and must keep:
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,23 @@ class DecodeStep(Protocol):
     def __call__(
         self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class WholeTokenStep(DecodeStep, Protocol):
+    """A step that runs a whole token over buffers of its own, embedding and LM head included, for one sequence: what
+    `engine.capture` makes a graph of.
+    """
+
+    observed: bool  # someone watches a projection's inputs, which only the reference's step shows; `refresh` sets it
+
+    def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
+        """How often tensors were replaced until now; what was captured at another number is stale."""
+        ...
+
+    def logits(self, model: "DecoderModel", token: Tensor, position: Tensor, cache: KVCache) -> Tensor | None:
+        """See `DecoderModel.decode`: token [1] at position [1] -> logits [1, V]; None where the call must serve."""
+        ...
 
 
 def choose_decode_step(model: "DecoderModel") -> DecodeStep:

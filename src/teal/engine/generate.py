@@ -152,7 +152,7 @@ class _HostToken:
         self._token = token.to("cpu", non_blocking=True)  # into pinned memory
         self._arrived = torch.cuda.Event() if token.is_cuda else None
         if self._arrived is not None:
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(token.device))
 
     def read(self) -> int:
         """Waits for the copy, not for what was launched after it."""

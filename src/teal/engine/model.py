@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from teal.engine.block import DecoderBlock, RMSNorm, TakeTensor, scoped
 from teal.engine.cache import KVCache, check_holds
 from teal.engine.config import EngineConfig
-from teal.engine.cuda_step import CudaDecodeStep
-from teal.engine.decode_step import TokenPosition, choose_decode_step
+from teal.engine.decode_step import TokenPosition, WholeTokenStep, choose_decode_step
 from teal.errors import TealError
 from teal.linear import SparseHead
 from teal.ops.sparse_gemv import pack
@@ -52,7 +51,7 @@ class DecoderModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "DecoderModel":
         super()._apply(fn, recurse)
-        if not isinstance(self.decode_step, CudaDecodeStep):  # whose buffers captured graphs read
+        if not isinstance(self.decode_step, WholeTokenStep):  # whose buffers captured graphs read
             self.decode_step = choose_decode_step(self)
         return self
 
@@ -95,7 +94,7 @@ class DecoderModel(nn.Module):
 
         All on the device, nothing waits for the host; the caller sees to it that positions fit the cache.
         """
-        if isinstance(self.decode_step, CudaDecodeStep):
+        if isinstance(self.decode_step, WholeTokenStep):
             logits = self.decode_step.logits(self, token, position, cache)
             if logits is not None:
                 return logits

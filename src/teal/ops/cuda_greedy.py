@@ -27,8 +27,13 @@ def serves(logits: Tensor) -> bool:
         logits.is_cuda
         and logits.shape[0] == 1
         and logits.dtype in (torch.bfloat16, torch.float16)
-        and nvrtc.unavailable() is None
+        and _runs_on(logits.device)
     )
+
+
+def _runs_on(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return nvrtc.unavailable() is None
 
 
 def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:

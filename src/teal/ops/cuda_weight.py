@@ -24,10 +24,11 @@ class CudaWeight(ChannelMajorWeight):
     @classmethod
     def refusal(cls, weight: Tensor) -> str | None:
         n, k = weight.shape
-        if reason := nvrtc.unavailable():
-            return reason
         if not weight.is_cuda:
-            return "it is not on a CUDA device"
+            return nvrtc.unavailable() or "it is not on a CUDA device"
+        with torch.cuda.device(weight.device):
+            if reason := nvrtc.unavailable():
+                return reason
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
         if n % 8 or k % 8 or k > 32768:

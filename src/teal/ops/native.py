@@ -17,7 +17,6 @@ from torch import Tensor
 from teal.errors import TealError
 
 INTERFACE = 2
-GROUP = 128  # input channels that share an int4 scale
 PHASES = 16
 HUGE_PAGE = 2 << 20  # bytes
 LINE_BYTES = 64  # a tile's run of one channel is a multiple of this

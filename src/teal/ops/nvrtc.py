@@ -70,13 +70,11 @@ def _bindings(name: str) -> Any:
     return import_module(f"cuda.bindings.{name}")
 
 
-@cache
 def has_clusters() -> bool:
     """Whether the current device has clusters and dependent launch (compute capability 9.0 and later)."""
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
-@cache
 def most_shared_bytes() -> int:
     """Shared memory that a block may use on the current device."""
     driver = _bindings("driver")
@@ -90,14 +88,18 @@ def common_macros(dtype: torch.dtype, threads: int, depth: int = 1, cluster: int
     return {"BF16": dtype == torch.bfloat16, "THREADS": threads, "DEPTH": depth, "CLUSTER": cluster}
 
 
-@cache
 def unavailable() -> str | None:
-    """Why CUDA C++ kernels cannot run here, or None if they can."""
+    """Why CUDA C++ kernels cannot run on the current device, or None if they can."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < (8, 0):
         return f"the GPU has compute capability {major}.{minor}; 8.0 is the least"
+    return _nvrtc_unavailable()
+
+
+@cache
+def _nvrtc_unavailable() -> str | None:
     try:
         _bindings("driver").cuInit(0)
         _bindings("nvrtc").nvrtcVersion()

@@ -6,8 +6,8 @@
 //
 // Weights are channel-major [K, N]. A cluster of blocks owns a tile of columns, in chunks of 8 (16 bytes): each of its
 // blocks takes an equal part of the K channels, lists those that are kept, and streams their weights; a warp reads one
-// or more whole rows of the tile at a time. The sums of warps and blocks are added in a fixed order. No atomics, no
-// workspace: the same bits every run.
+// or more whole rows of the tile at a time. The sums of warps and blocks are added in a fixed order, without atomics
+// or workspace: the same bits every run.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
