@@ -219,7 +219,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
 
 @contextmanager
 def always_dense(model: nn.Module) -> Iterator[None]:
-    """Within the context the engine decodes through the layouts' dense products, the baseline that sparsity must beat."""
+    """Within the context the engine decodes through the layouts' dense products: what sparsity must beat."""
     layers = sparse_layers(model).values()
     try:
         for layer in layers:
