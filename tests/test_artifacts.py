@@ -185,7 +185,7 @@ class TestReadJson:
             pytest.param(b"[1, 2]", "holds no JSON object", id="list"),
             pytest.param(b'{"x": NaN}', "holds NaN; it is damaged", id="nan"),
             pytest.param(b'{"x": -Infinity}', "holds -Infinity; it is damaged", id="infinity"),
-            pytest.param(b"\x80\x04\x95", "cannot read", id="pickle"),
+            pytest.param(b"\x80\x04\x95", "is not JSON but binary", id="pickle"),
         ],
     )
     def test_damaged(self, tmp_path: Path, content: bytes, message: str) -> None:

@@ -373,7 +373,7 @@ class TestPipeline:
         assert text(1) == text(1) != text(2)
 
     def test_chat(self, teal: Callable[..., Outcome]) -> None:
-        lines = b"Hello\n\n/level 0.25\n/level 2\n/quit\nAgain\n/clear\nAnew\n/exit\nnever read\n"
+        lines = b"Hello\n\n/level 0.25\n/level 2\n/quit\nAgain\n/clear now\n/clear\nAnew\n/exit\nnever read\n"
         rewrite(Path("model/config.json"), lambda config: config.update(max_position_embeddings=256))
         result = teal("chat", "model", "--max-new-tokens", 5, "--json", "chat.json", stdin=lines)
         assert result.code == 0
@@ -384,6 +384,7 @@ class TestPipeline:
         assert result.complaints == [
             "teal: sparsity must be at least 0 and below 1, got 2; 0.5 means half",
             "teal: /quit is not a command: there are /level S, /clear and /exit",
+            "teal: /clear now is not a command: there are /level S, /clear and /exit",
         ]
         assert "sparsity 0.25\n" in result.err
 
@@ -686,10 +687,28 @@ class TestReport:
         refuses("report", "teal-model", says="teal-model/report.html exists; name another --output or pass --overwrite")
         assert teal("report", "teal-model", "--overwrite").code == 0
 
-    @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "teal.plan", "version": 1}', b"\xff\xfe"])
+    @pytest.mark.parametrize("damage", [b"", b"{", b'{"format": "teal.plan", "version": 1}', b"\xff\xfe"])
     def test_a_damaged_file(self, damage: bytes, refuses: Callable[..., Outcome]) -> None:
         Path("teal-model/x.json").write_bytes(damage)
         refuses("report", "teal-model", says="teal-model/x.json")
+
+    @pytest.mark.parametrize("content", ["[1, 2]", '{"a": NaN}', '{"format": "another"}', "3"])
+    def test_files_of_other_programs_are_left_alone(self, content: str, teal: Callable[..., Outcome]) -> None:
+        Path("teal-model/x.json").write_text(content)
+        assert teal("report", "teal-model").code == 0
+
+    def test_what_is_no_page_is_not_replaced(self, refuses: Callable[..., Outcome]) -> None:
+        before = STATISTICS.read_bytes()
+        refuses(
+            "report",
+            "teal-model",
+            "--output",
+            STATISTICS,
+            "--overwrite",
+            says="is not a page, and would be lost",
+            code=2,
+        )
+        assert STATISTICS.read_bytes() == before
 
     def test_damaged_statistics(self, refuses: Callable[..., Outcome]) -> None:
         STATISTICS.write_bytes(STATISTICS.read_bytes()[:1000])
@@ -1101,6 +1120,17 @@ class TestBadOutput:
         refuses(*arguments, says=f"{output} exists; name another --output or pass --overwrite")
         refuses(*arguments, "--output", "text.txt", says="text.txt exists")
         refuses(*arguments, "--output", "model", says="cannot write model: it is a directory; name a file")
+        refuses(*arguments, "--output", "x" * 300, says=f"cannot write {'x' * 300}: File name too long")
+        if arguments[0] in ("calibrate", "allocate"):
+            read = "text.txt" if arguments[0] == "calibrate" else STATISTICS
+            kept = Path(read).read_bytes()
+            says = f"the output {read} would overwrite what this command reads; name another --output"
+            refuses(*arguments, "--output", read, "--overwrite", says=says, code=2)
+            weights = "model/model.safetensors"
+            refuses(
+                *arguments, "--output", weights, "--overwrite", says=f"the output {weights} would overwrite", code=2
+            )
+            assert Path(read).read_bytes() == kept
         tokens = ["--tokens", "64"] if arguments[0] == "calibrate" else []
         before = output.read_bytes()
         assert teal(*arguments, *tokens, "--overwrite").code == 0
@@ -1336,6 +1366,7 @@ class TestBadRequests:
     @every_plan_reader
     def test_unknown_device(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:
         refuses(*arguments, "--device", "gpu", says="unknown device 'gpu'; use cpu or cuda", code=2)
+        refuses(*arguments, "--device", "meta", says="nothing can be computed on the device meta", code=2)
 
     @pytest.mark.parametrize(
         ("arguments", "says"),

@@ -204,6 +204,22 @@ class TestDamagedFiles:
         with pytest.raises(TealError, match=r"plan.vectors.safetensors does not exist"):
             SparsityPlan.load(path)
 
+    @pytest.mark.parametrize("name", ["../plan.vectors.safetensors", 5, ""])
+    def test_vectors_elsewhere(self, name: object, tmp_path: Path) -> None:
+        path = self.save(tmp_path)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"vectors": name}))
+        with pytest.raises(TealError, match=r"plan\.json is damaged: its vectors are not in a file beside it"):
+            SparsityPlan.load(path)
+
+    @pytest.mark.parametrize("blocks", [0, -1, 10**12])
+    def test_blocks_that_cannot_be(self, blocks: int, tmp_path: Path) -> None:
+        path = self.save(tmp_path)
+        payload = json.loads(path.read_text())
+        payload["model"]["shapes"][0]["blocks"] = blocks
+        path.write_text(json.dumps(payload))
+        with pytest.raises(TealError, match="does not describe its model properly"):
+            SparsityPlan.load(path)
+
     def test_vectors_truncated(self, tmp_path: Path) -> None:
         path, vectors = self.save(tmp_path), tmp_path / "plan.vectors.safetensors"
         vectors.write_bytes(vectors.read_bytes()[:-8])

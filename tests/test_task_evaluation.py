@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ class TestRefused:
 
     def test_what_no_context_holds(self) -> None:
         self.refuses(
-            "room for 65 tokens of a text, too little for 65",
+            "task x, item 1 of 1: the model's context has room for 65 tokens of a text, too little for 65",
             Task("x", WORD, (Item((("a", " " + "b" * 64),)),)),
             kind=TealError,
         )
@@ -279,6 +280,13 @@ class TestResult:
         assert lines[5].startswith("float32, weights as loaded; ± is one standard error over items")
         shown = TaskEvaluation(result.tasks[:1], result.rule, result.identity)
         assert not any(line.startswith("written") for line in tasks_rule(shown))
+
+    def test_a_task_in_which_nothing_was_sparse_says_so(self, result: TaskEvaluation) -> None:
+        choices = result.tasks[0]
+        short = replace(choices, runs=[replace(run, sparsity=0.0) for run in choices.runs])
+        said = "choices: nothing was sparse, its items end among the dense tokens (--dense-tokens)"
+        assert said in tasks_rule(TaskEvaluation([short], result.rule, result.identity))
+        assert said not in tasks_rule(result)
 
 
 def test_vectors_of_a_plan_apply(tmp_path: Path) -> None:

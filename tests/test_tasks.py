@@ -128,8 +128,10 @@ class TestRefused:
             read_task(path)
 
     def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"does not exist; name a \.jsonl file"):
+        with pytest.raises(UsageError, match=r"is a directory; name a \.jsonl file"):
             read_task(tmp_path)
+        with pytest.raises(UsageError, match=r"does not exist; name a \.jsonl file"):
+            read_task(tmp_path / "none.jsonl")
 
 
 class TestAnswers:

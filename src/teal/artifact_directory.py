@@ -106,12 +106,20 @@ class Artifacts:
 
 def _read_json(path: Path) -> tuple[str, Any] | None:
     """Kind and content of a JSON file of ours; None for others, and for copies of a plan that was tuned or saved."""
-    payload = read_json(path)
-    format_name = str(payload.get("format"))
+    format_name = _format_of(path)
     if format_name not in READERS or (format_name == plan.FORMAT and (path.parent / SETTINGS_FILE).exists()):
         return None
     kind, read = READERS[format_name]
-    return kind, read(payload, path)
+    return kind, read(read_json(path), path)
+
+
+def _format_of(path: Path) -> str:
+    """What a JSON file says that it is; "" for one that is not ours."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        payload = read_json(path)  # which says what is wrong
+    return str(payload.get("format", "")) if isinstance(payload, dict) else ""
 
 
 def _read_tensors(path: Path) -> tuple[str, Any] | None:

@@ -100,6 +100,10 @@ def _runs(process: str) -> bool:
 
 def check_writable(path: Path) -> None:
     """Fail before hours of work, not after, if `path` cannot be written."""
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, say
+        raise TealError(f"cannot write {path}: {error.strerror}") from error
     if path.is_dir():
         raise TealError(f"cannot write {path}: it is a directory; name a file")
     parent = path.parent
@@ -125,8 +129,10 @@ def read_json(path: Path) -> dict[str, Any]:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         raise TealError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TealError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise TealError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TealError(f"{path} is not JSON but binary; name a file that teal wrote as JSON") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise TealError(f"{path} is not valid JSON ({error}); it is damaged or not a file of ours") from error
     if not isinstance(payload, dict):

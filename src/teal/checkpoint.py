@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from teal.errors import TealError, UsageError
+from teal.errors import TealError, UsageError, reason_of
 from teal.structure import FINGERPRINT_ROWS, ModelStructure, fingerprint
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -38,7 +38,7 @@ def resolve_model(model: str | Path | None) -> Path:
         patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": list(NOT_DOWNLOADED)}
         return Path(snapshot_download(str(model), **patterns))
     except Exception as error:  # the hub raises many kinds; the user needs the one line
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise UsageError(f"{model} is no local directory and could not be downloaded: {reason}") from error
 
 
@@ -169,7 +169,7 @@ def load_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(file)
     except Exception as error:  # each config class has its own checks and errors
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"{file} is not understood: {reason}") from error
 
 
@@ -186,7 +186,7 @@ def structure_from_config(path: str | Path) -> ModelStructure:
         with torch.device("meta"):
             return ModelStructure.of(AutoModelForCausalLM.from_config(config))
     except ValueError as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"{path} describes no causal language model: {reason}") from error
 
 
@@ -200,12 +200,13 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     load_config(directory)  # its errors first: the tokenizer needs it
-    if not any(path for pattern in ("tokenizer*", "vocab*", "*.model") for path in directory.glob(pattern)):
+    files = [path.name for pattern in ("tokenizer*", "vocab*", "*.model") for path in directory.glob(pattern)]
+    if not set(files) - {"tokenizer_config.json"}:
         raise TealError(f"{directory} has no usable tokenizer: there is no tokenizer file")
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare ones
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"{directory} has no usable tokenizer: {reason}") from error
 
 
@@ -224,7 +225,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None, device: str = 
             directory, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"{directory} could not be loaded: {reason}") from error
     model, report = loaded
     if mismatched := sorted(report["mismatched_keys"]):

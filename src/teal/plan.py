@@ -173,7 +173,10 @@ class SparsityPlan:
         path = Path(path)
         payload, vectors = read_json(path), None
         if "vectors" in payload:
-            beside = path.parent / str(payload["vectors"])
+            name = payload["vectors"]
+            if not isinstance(name, str) or not name or name != Path(name).name:
+                raise TealError(f"{path} is damaged: its vectors are not in a file beside it; allocate anew")
+            beside = path.parent / name
             vectors, header = read_tensors(beside)
             check_header(header, FORMAT + ".vectors", VERSION, beside)
         return cls.from_json(payload, path, vectors)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from teal.checkpoint import structure_from_config
-from teal.errors import TealError
+from teal.errors import TealError, reason_of
 from teal.plan import DENSE, ProjectionPlan, SparsityPlan, check_level, level_grid
 from teal.structure import INPUTS, ModelIdentity, ModelStructure, Projection
 
@@ -140,7 +140,7 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds; the user needs the one line
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"{path} is truncated, corrupt or holds more than tensors ({reason})") from error
 
 

@@ -115,6 +115,8 @@ def tasks_rule(result: TaskEvaluation) -> list[str]:
             f"{count(task.shortened, 'context')} shortened to fit the model" if task.shortened else "",
         ]
         lines.append("; ".join([f"{task.name}: {count(task.items, 'item')}, {task.kind}", *filter(None, extras)]))
+        if any(run.level > 0 and run.sparsity == 0 for run in task.runs):
+            lines.append(f"{task.name}: nothing was sparse, its items end among the dense tokens (--dense-tokens)")
     kinds = {task.kind for task in result.tasks}
     if kinds != {ANSWER}:
         lines.append(f"scored: {rule['scored']}")

@@ -11,6 +11,7 @@ from torch import nn
 from teal.artifacts import check_keys
 from teal.errors import TealError
 
+MOST_BLOCKS = 100_000  # that a file may claim of its model
 INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_intermediate")
 
 # The field's names of the projections; a fused projection has one input and so one threshold.
@@ -162,6 +163,8 @@ class ModelIdentity:
             check_keys(payload, ("model_type", "shapes", "weights"), what)
             for run in payload["shapes"]:
                 check_keys(run, ("blocks", "projections"), what)
+                if not 1 <= int(run["blocks"]) <= MOST_BLOCKS:
+                    raise ValueError(f"{run['blocks']} blocks")
             shapes = tuple(
                 {str(name): (int(n), int(k)) for name, (n, k) in run["projections"].items()}
                 for run in payload["shapes"]

@@ -262,12 +262,15 @@ class _Asking:
 def _prepare(model: Any, tokenizer: Any, task: Task, max_new_tokens: int) -> _Prepared:
     opening, context = opening_tokens(tokenizer), context_of(model)
     requests, shortened = [], 0
-    for item in task.items:
+    for number, item in enumerate(task.items, 1):
         if task.kind == ANSWER:
             wanted, room = [TokenRequest(tuple(encode(tokenizer, item.pairs[0][0])), 0)], context - max_new_tokens
         else:  # the last token is scored but not read
             wanted, room = [encode_request(tokenizer, *pair) for pair in item.pairs], context + 1
-        fitting = [shorten(request, room, opening) for request in wanted]
+        try:
+            fitting = [shorten(request, room, opening) for request in wanted]
+        except TealError as error:
+            raise TealError(f"task {task.name}, item {number} of {len(task.items)}: {error}") from None
         requests.append(fitting)
         shortened += fitting != wanted
     return _Prepared(task, requests, shortened)

@@ -66,7 +66,8 @@ def read_task(path: Path, *, name: str | None = None, shots: int = 0, limit: int
     or of another kind than the first.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a .jsonl file with one item a line")
+        reason = "is a directory" if path.is_dir() else "does not exist"
+        raise UsageError(f"{path} {reason}; name a .jsonl file with one item a line")
     items: list[Item] = []
     kind = ""
     for where, value in read_json_lines(path):

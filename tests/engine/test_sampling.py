@@ -87,8 +87,9 @@ def test_draws_follow_the_probabilities(prompt):
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), atol=0.03, rtol=0)
 
 
-def test_a_tiny_temperature_is_greedy(logits, prompt):
-    sampler = Sampler(SamplingConfig(temperature=1e-30, seed=0), prompt, VOCABULARY)
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature, logits, prompt):
+    sampler = Sampler(SamplingConfig(temperature=temperature, seed=0), prompt, VOCABULARY)
     assert torch.equal(sampler(logits), logits.argmax(dim=-1))
 
 

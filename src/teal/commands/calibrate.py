@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from teal.data import CALIBRATION_TEXT
     from teal.statistics import ActivationStatistics
 
-    output = common.output_path(arguments, common.STATISTICS)
+    output = common.output_path(arguments, common.STATISTICS, in_place=("merge",))
     earlier = [ActivationStatistics.load(path) for path in arguments.merge or []]
     directory = resolve_model(arguments.model)
     blocks = common.read_blocks(

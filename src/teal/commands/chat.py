@@ -30,11 +30,12 @@ def run(arguments: argparse.Namespace) -> None:
     print("/level S, /clear, /exit; Ctrl-C ends an answer", file=sys.stderr)
     while (line := _ask()) is not None:
         try:
+            command, _, operand = line.partition(" ")
             if line == "/clear":
                 messages = list(opening)
-            elif line.startswith("/level"):
-                _turn_level(model, line)
-            elif line.startswith("/") and line[1:].isalpha():
+            elif command == "/level":
+                _turn_level(model, operand.strip())
+            elif command in ("/clear", "/exit") or (line.startswith("/") and line[1:].isalpha()):
                 raise UsageError(f"{line} is not a command: there are /level S, /clear and /exit")
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
@@ -64,13 +65,13 @@ def _ask() -> str | None:
     return None if not line or line.strip() == "/exit" else line.strip()
 
 
-def _turn_level(model: TextModel, line: str) -> None:
+def _turn_level(model: TextModel, level_text: str) -> None:
     from teal.sparse_model import set_sparsity
 
     if model.plan is None:
         raise UsageError("this chat is dense; start it without --dense to turn the level")
     try:
-        level = common.level(line.removeprefix("/level").strip())
+        level = common.level(level_text)
     except argparse.ArgumentTypeError as error:
         raise UsageError(str(error)) from None
     set_sparsity(model.engine or model.model, level)

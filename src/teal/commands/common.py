@@ -4,11 +4,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from teal.errors import TealError, UsageError
+from teal.errors import TealError, UsageError, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def add_head(parser: argparse.ArgumentParser) -> None:
 
 def quantization_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `load_engine` for --weights and --head-weights. Refuses them off the CPU."""
-    if (arguments.weights or arguments.head_weights) and arguments.device != "cpu":
+    if (arguments.weights or arguments.head_weights) and arguments.device.partition(":")[0] != "cpu":
         raise UsageError("--weights and --head-weights are for --device cpu")
     head = arguments.head_weights or ("int8" if arguments.weights else None)
     return {"quantization": arguments.weights, "head_quantization": head}
@@ -150,8 +150,8 @@ def check_json(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--json {target} would overwrite what this command reads; name another file")
 
 
-def _inputs(arguments: argparse.Namespace) -> Iterator[Path]:
-    for option in INPUTS:
+def _inputs(arguments: argparse.Namespace, but: Collection[str] = ()) -> Iterator[Path]:
+    for option in set(INPUTS) - set(but):
         given = getattr(arguments, option, None)
         for name in map(Path, given if isinstance(given, list) else [] if given is None else [given]):
             yield name
@@ -216,8 +216,10 @@ def work_directory(model: str | None) -> Path:
     return Path(f"teal-{model_name(model)}")
 
 
-def output_path(arguments: argparse.Namespace, default: str) -> Path:
-    """Where the result goes; fails early if it exists or cannot be written."""
+def output_path(arguments: argparse.Namespace, default: str, in_place: Collection[str] = ()) -> Path:
+    """Where the result goes; fails early if it exists, cannot be written, or is read by the command, unless by one of
+    the options `in_place`.
+    """
     from teal.artifacts import check_writable
 
     path = arguments.output or work_directory(arguments.model) / default
@@ -226,6 +228,9 @@ def output_path(arguments: argparse.Namespace, default: str) -> Path:
         raise UsageError(f"--json would overwrite the output {path}; name another file")
     if path.exists() and not arguments.overwrite:
         raise TealError(f"{path} exists; name another --output or pass --overwrite")
+    for name in _inputs(arguments, in_place):
+        if _is_same(path, name) or (path.name not in (STATISTICS, PLAN) and _is_read_in(path, name)):
+            raise UsageError(f"the output {path} would overwrite what this command reads; name another --output")
     return path
 
 
@@ -248,12 +253,14 @@ def check_device(device: str) -> str:
         kind = torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}; use cpu or cuda") from None
+    if kind.type == "meta":
+        raise UsageError("nothing can be computed on the device meta; use cpu or cuda")
     if kind.type == "cuda" and not torch.cuda.is_available():
         raise TealError("no CUDA device is available here; use --device cpu (teal doctor says more)")
     try:
         torch.empty(0, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise TealError(f"there is no device {device} here ({reason}); use --device cpu") from None
     return device
 

@@ -21,9 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from teal.checkpoint import resolve_model
     from teal.data import read_stdin
     from teal.engine.text import encode_prompt
 
+    if arguments.prompt is None:
+        resolve_model(arguments.model)  # before standard input is awaited: the one operand may be meant as the prompt
     prompt = read_stdin().rstrip("\n") if arguments.prompt is None else arguments.prompt
     if not prompt.strip():
         raise UsageError("the prompt is empty; pass --prompt TEXT or pipe text in")

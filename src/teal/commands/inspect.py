@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teal.commands import bench, common, evaluate, tasks, tune
+from teal.errors import TealError
 
 if TYPE_CHECKING:
     from teal.checkpoint import Checkpoint
@@ -62,8 +63,10 @@ def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 
     payload = read_json(path)
     readers = READERS | {kernel_benchmark.FORMAT: ("kernels", kernel_benchmark.KernelBenchmark.from_json)}
-    kind, read = readers.get(str(payload.get("format")), ("plans", None))
-    if read is None or kind == "plans":
+    if (format_name := payload.get("format")) not in readers:
+        raise TealError(f"{path} has format {format_name!r}, expected 'teal.plan' or one of teal's results")
+    kind, read = readers[format_name]
+    if kind == "plans":
         return _plan(arguments, path)
     show: dict[str, Callable[[argparse.Namespace, Any], None]] = {
         "evaluations": evaluate.show, "texts": evaluate.show_texts, "tasks": tasks.show, "tunings": tune.show,

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from teal.commands import common
-from teal.errors import TealError
+from teal.errors import TealError, UsageError
 
 OPERANDS = "DIR "
 REPORT = "report.html"
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(output)
         if output.exists() and not arguments.overwrite:
             raise TealError(f"{output} exists; name another --output or pass --overwrite")
+        if output.exists() and not output.read_bytes().lstrip().lower().startswith(b"<!doctype html"):
+            raise UsageError(f"{output} is not a page, and would be lost; name another --output")
     title = arguments.title or f"teal: {arguments.directory.resolve().name}"
     artifacts = write_report(arguments.directory, output, title, arguments.level)
     shown = {kind: [artifact.name for artifact in found] for kind, found in vars(artifacts).items()}

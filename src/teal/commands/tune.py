@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_sources(arguments)
     output = _output(arguments)
     common.check_device(arguments.device)
-    if arguments.weights and arguments.device != "cpu":
+    if arguments.weights and arguments.device.partition(":")[0] != "cpu":
         raise UsageError("--weights is for --device cpu")
     tasks = common.read_tasks(arguments) if arguments.task else []
     directory = resolve_model(arguments.model)
@@ -174,6 +174,8 @@ def _output(arguments: argparse.Namespace) -> Path:
         check_writable(output / name)
         if arguments.json not in (None, "-") and Path(arguments.json).resolve() == (output / name).resolve():
             raise UsageError(f"--json would overwrite the output {output / name}; name another file")
+        if any(Path(plan).resolve() in ((output / name).resolve(), output.resolve()) for plan in arguments.plan or ()):
+            raise UsageError(f"the output {output} holds a plan that this command reads; name another --output")
         if (output / name).exists() and not arguments.overwrite:
             raise TealError(f"{output / name} exists; name another --output or pass --overwrite")
     return output

@@ -11,7 +11,7 @@ from torch import Tensor
 from teal.checkpoint import Checkpoint, check_memory, load_config
 from teal.engine.config import EngineConfig
 from teal.engine.model import DecoderModel
-from teal.errors import TealError, UsageError
+from teal.errors import TealError, UsageError, reason_of
 from teal.plan import SparsityPlan
 from teal.sparse_model import sparsify
 
@@ -118,7 +118,7 @@ def _device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # unknown name, missing driver, torch built without it
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise UsageError(f"there is no device {device} here: {reason}") from error
     return device
 

@@ -83,8 +83,9 @@ class Sampler:
 
 def filter_scores(scores: Tensor, config: SamplingConfig) -> Tensor:
     """scores [B, vocabulary] float32 by temperature, top-k, top-p and min-p, in this order; -inf is out."""
-    # Relative to the best score, so that a tiny temperature cannot overflow.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+    # Relative to the best score, so that a tiny temperature cannot overflow; none is so tiny that it is zero.
+    temperature = max(config.temperature, torch.finfo(torch.float32).tiny)
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
     if config.top_k:
         scores = keep_top_k(scores, config.top_k)
     if config.top_p < 1:

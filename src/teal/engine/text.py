@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from teal.errors import UsageError
+from teal.errors import UsageError, reason_of
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no character (yet)
 _PROMPT_TOKENS = 6  # of the prompt, before the continuation: whether a word opens with a space depends on them
@@ -41,7 +41,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[lis
     try:
         ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     except Exception as error:  # templates raise what they like
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_of(error)
         raise UsageError(f"the model's chat template refuses these messages: {reason}") from error
     return ids, ()
 
