@@ -607,7 +607,7 @@ class GptFast:
 
         steps(3)
         logits = self._logits(7)
-        if logits.max() - logits[steps(1).item()] > self.tolerance * logits.abs().max():
+        if logits.max() - logits[int(steps(1))] > self.tolerance * logits.abs().max():
             sys.exit(f"gpu.py: {type(self).__name__}, compiled, chooses another token than it does eagerly")
         return STEPS / elapsed(lambda: steps(STEPS)) * 1e6
 
