@@ -1,19 +1,16 @@
 """ops/cuda/attention.cu against attention in float64."""
 
-import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
 from emulation import EmulatedDevice, needs_compiler
 from torch import Tensor
 
-from teal.engine import cuda_step
 from teal.engine.block import RMSNorm, rotate
-from teal.ops import nvrtc
+from teal.ops.cuda_attention import THREADS, AttentionKernel, Heads, shared_bytes, threads_fitting
 
 pytestmark = needs_compiler
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -22,22 +19,19 @@ EPS = 1e-3
 
 
 @dataclass(frozen=True)
-class Heads:
+class Case:
     """A kernel: what it is compiled for."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
+    heads: Heads
     threads: int
     shares: int
     dtype: torch.dtype = HALF
-    qk_norm: bool = False
 
 
 def heads(*sizes: int, dtype: torch.dtype = HALF, qk_norm: bool = False):
     """sizes: heads, kv_heads, head_dim, threads, shares"""
     name = [*map(str, sizes), str(dtype).removeprefix("torch."), *(["norm"] if qk_norm else [])]
-    return pytest.param(Heads(*sizes, dtype=dtype, qk_norm=qk_norm), id="-".join(name))
+    return pytest.param(Case(Heads(*sizes[:3], qk_norm), *sizes[3:], dtype), id="-".join(name))
 
 
 HEADS = [
@@ -60,7 +54,7 @@ def _device(device: EmulatedDevice) -> None: ...
 
 
 def check(
-    of: Heads,
+    of: Case,
     position: int,
     window: int,
     per_share: int,
@@ -70,48 +64,43 @@ def check(
     orders: Sequence[int] = (0, 1, 2, 3),
 ) -> None:
     """One token at `position`; what it must not see is NaN."""
-    config = types.SimpleNamespace(
-        heads=of.heads, kv_heads=of.kv_heads, head_dim=of.head_dim, qk_norm=of.qk_norm
-    )  # fmt: skip
-    macros = cuda_step.attention_macros(config, of.dtype, of.shares, of.threads)  # pyright: ignore
-    shared_bytes = cuda_step.attention_shared_bytes(config, of.shares, of.threads)  # pyright: ignore
-    kernel = nvrtc.compile_kernel("attention.cu", "attention", macros, shared_bytes)
+    kernel = AttentionKernel(of.heads, of.dtype, shares=of.shares, threads=of.threads)
+    heads, kv_heads, dim, qk_norm = astuple(of.heads)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape).to(of.dtype)
 
-    group, dim, capacity = of.heads // of.kv_heads, of.head_dim, position + 5
+    group, capacity = heads // kv_heads, position + 5
     oldest = max(0, position + 1 - window) if window else 0
-    q, k, v = size * normal(of.heads, dim), normal(of.kv_heads, dim), normal(of.kv_heads, dim)
+    q, k, v = size * normal(heads, dim), normal(kv_heads, dim), normal(kv_heads, dim)
     norms = [normal(dim) + 1, normal(dim) + 1]
     angles = torch.rand(dim // 2).repeat(2) * 6
     cosine, sine = angles.cos().to(of.dtype), angles.sin().to(of.dtype)
-    before = [normal(of.kv_heads, capacity, dim) for _ in range(2)]
+    before = [normal(kv_heads, capacity, dim) for _ in range(2)]
     for cache in before:
         cache[:, :oldest], cache[:, position:] = float("nan"), float("nan")
 
-    if of.qk_norm:
+    if qk_norm:
         q_in, k_in = (RMSNorm(norm, EPS)(x) for norm, x in zip(norms, (q, k), strict=True))
     else:
         q_in, k_in = q, k
     query, key = (rotate(x.float(), cosine.float(), sine.float()).to(of.dtype) for x in (q_in, k_in))
     every_key, every_value = (cache[:, oldest : position + 1].double() for cache in before)
     every_key[:, -1], every_value[:, -1] = key, v
-    scores = query.double().unflatten(0, (of.kv_heads, group)) @ every_key.transpose(1, 2) / dim**0.5
+    scores = query.double().unflatten(0, (kv_heads, group)) @ every_key.transpose(1, 2) / dim**0.5
     want = (scores.softmax(-1) @ every_value).flatten(0, 1)
 
     first: list[Tensor] = []
     for order in orders:
         keys, values = (cache.clone() for cache in before)
-        attended = torch.full((of.heads * dim + 32,), float("nan"), dtype=of.dtype)
-        partial = torch.full((of.kv_heads * of.shares * group * (dim + 4) + 8,), float("nan"))
-        arrivals = torch.zeros(of.kv_heads, dtype=torch.int32)
+        attended = torch.full((heads * dim + 32,), float("nan"), dtype=of.dtype)
+        partial = torch.full((kernel.partial_floats + 8,), float("nan"))
+        arrivals = torch.zeros(kv_heads, dtype=torch.int32)
         index, qkv = torch.tensor([position]), torch.cat((q.flatten(), k.flatten(), v.flatten()))
-        pointers = (qkv, *norms, cosine, sine, index, keys, values, attended[16:], partial, arrivals)
-        arguments = cuda_step._AttentionArguments(*(tensor.data_ptr() for tensor in pointers))
-        arguments.capacity, arguments.window, arguments.positions_per_share = capacity, window, per_share
-        arguments.undivided, arguments.eps = undivided, EPS
-        kernel.prepared(of.kv_heads * of.shares, of.threads, arguments).start(order)
+        kernel.prepared(
+            qkv, (norms[0], norms[1]), (cosine, sine), index, (keys, values), attended[16:], (partial, arrivals),
+            window=window, eps=EPS, undivided=undivided, positions_per_share=per_share,
+        ).start(order)  # fmt: skip
 
         assert attended[:16].isnan().all()
         assert attended[-16:].isnan().all()
@@ -123,7 +112,7 @@ def check(
             old = old.clone()
             old[:, position] = cache[:, position]
             assert torch.equal(cache.view(torch.int16), old.view(torch.int16))
-        got = attended[16:-16].view(of.heads, dim)
+        got = attended[16:-16].view(heads, dim)
         assert (got.double() - want).abs().max() <= TOLERANCE[of.dtype] * want.abs().max()
         first = first or [keys, got]
         assert torch.equal(first[1].view(torch.int16), got.view(torch.int16))
@@ -133,23 +122,23 @@ def check(
 class TestAttention:
     @pytest.mark.parametrize("per_share", [1, 8, 1000])
     @pytest.mark.parametrize("position", [0, 1, 5, 37, 130])
-    def test_positions(self, of: Heads, position: int, per_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_positions(self, of: Case, position: int, per_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
         check(of, position, 0, per_share, monkeypatch)
 
     @pytest.mark.parametrize(("position", "window"), [(0, 1), (9, 1), (2, 4), (3, 4), (4, 4), (70, 33)])
-    def test_windows(self, of: Heads, position: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_windows(self, of: Case, position: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
         check(of, position, window, 7, monkeypatch)
 
 
 @pytest.mark.parametrize("undivided", [129, 130, 131])
 @pytest.mark.parametrize("of", HEADS[2:4])
-def test_one_block_up_to_some_positions(of: Heads, undivided: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_block_up_to_some_positions(of: Case, undivided: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(of, 129, 0, 40, monkeypatch, undivided=undivided)
 
 
 @pytest.mark.parametrize("per_share", [100, 5000])
 @pytest.mark.parametrize("of", [HEADS[1], HEADS[5]])
-def test_several_tiles_of_positions(of: Heads, per_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_of_positions(of: Case, per_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(of, 2100, 0, per_share, monkeypatch)
 
 
@@ -159,16 +148,16 @@ def test_large_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("of", [HEADS[1], HEADS[5], HEADS[6]])
-def test_many_orders_of_the_shares(of: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_orders_of_the_shares(of: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     check(of, 2, 0, 1, monkeypatch, orders=range(80))
 
 
 @pytest.mark.parametrize("most", [99 << 10, 163 << 10, 227 << 10])
 def test_every_layout_fits_into_shared_memory(most: int) -> None:
     for group, head_dim, shares in product(range(1, 17), range(16, 257, 16), (1, 16, 132)):
-        config: Any = types.SimpleNamespace(heads=group, kv_heads=1, head_dim=head_dim)
-        threads = cuda_step.attention_threads(config, shares, most)
-        assert 32 < threads <= cuda_step.ATTENTION_THREADS
-        assert cuda_step.attention_shared_bytes(config, shares, threads) <= most
+        of = Heads(group, 1, head_dim)
+        threads = threads_fitting(of, shares, most)
+        assert 32 < threads <= THREADS
+        assert shared_bytes(of, shares, threads) <= most
         if most == 227 << 10:
-            assert threads == cuda_step.ATTENTION_THREADS
+            assert threads == THREADS

@@ -10,11 +10,11 @@ from emulation import EmulatedDevice, needs_compiler
 from helpers import tiny_config, tiny_model
 from torch import Tensor
 
-from teal.engine import cuda_step
 from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.engine.model import DecoderModel
+from teal.ops import cuda_attention
 from teal.ops.cuda_weight import CudaWeight
 
 pytestmark = needs_compiler
@@ -79,8 +79,8 @@ class Both:
 
 @pytest.fixture(autouse=True)
 def _device(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_step, "UNDIVIDED", 6)
-    monkeypatch.setattr(cuda_step, "POSITIONS_PER_SHARE", 2)
+    monkeypatch.setattr(cuda_attention, "UNDIVIDED", 6)
+    monkeypatch.setattr(cuda_attention, "POSITIONS_PER_SHARE", 2)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=["float16", "bfloat16"])

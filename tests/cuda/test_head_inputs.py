@@ -7,9 +7,8 @@ from exact import BRAIN, HALF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from teal.engine.cuda_step import _HeadInputsArguments, head_inputs_shared_bytes
 from teal.linear import _drop_smallest
-from teal.ops import nvrtc
+from teal.ops.cuda_token import HeadInputsKernel
 
 pytestmark = needs_compiler
 THREADS = 64
@@ -17,13 +16,11 @@ THREADS = 64
 
 def head_inputs(hidden: torch.Tensor, norm: torch.Tensor, dropped: int) -> torch.Tensor:
     """With an eps that leaves the root of the mean square at 1, so that the norm only multiplies; in three orders."""
-    macros = nvrtc.common_macros(hidden.dtype, THREADS) | {"HIDDEN": hidden.numel()}
-    kernel = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, head_inputs_shared_bytes(THREADS))
+    kernel = HeadInputsKernel(hidden.numel(), hidden.dtype, THREADS)
     eps, results = 1 - float(hidden.double().square().mean()), []
     for order in range(3):
         results.append(torch.full_like(hidden, 7.0))
-        arguments = _HeadInputsArguments(hidden.data_ptr(), norm.data_ptr(), results[-1].data_ptr(), dropped, eps)
-        kernel.prepared(1, THREADS, arguments).start(order)
+        kernel.prepared(hidden, norm, results[-1], dropped, eps).start(order)
     assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))
     assert torch.equal(results[0].view(torch.int16), results[2].view(torch.int16))
     return results[0]

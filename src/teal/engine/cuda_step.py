@@ -6,7 +6,6 @@ silu * up, down, residual | norm, LM head
 A sparse LM head is two kernels: its inputs, which are the largest of the norm, and the projection of these.
 """
 
-import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,52 +18,13 @@ from teal.engine.config import EngineConfig
 from teal.engine.decode_step import TokenPosition, reference_decode_step
 from teal.linear import SparseLinear
 from teal.ops import nvrtc
+from teal.ops.cuda_attention import AttentionKernel, Heads
 from teal.ops.cuda_projection import Operands, Projection
+from teal.ops.cuda_token import EmbedKernel, HeadInputsKernel
 from teal.ops.cuda_weight import CudaWeight
 
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
-
-EMBED_THREADS, ATTENTION_THREADS, HEAD_INPUTS_THREADS = 512, 384, 1024
-UNDIVIDED = 320  # positions that one block attends to faster than several that add up their shares
-POSITIONS_PER_SHARE = 128  # attention splits no finer
-
-
-class _EmbedArguments(ctypes.Structure):
-    """`Arguments` of embed.cu."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in (
-            "token", "position", "embeddings", "cosines", "sines", "hidden", "own_position", "cosine", "sine",
-        )
-    ]  # fmt: skip
-
-
-class _HeadInputsArguments(ctypes.Structure):
-    """`Arguments` of head_inputs.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("hidden", "norm", "x")),
-        ("dropped", ctypes.c_int),
-        ("eps", ctypes.c_float),
-    ]
-
-
-class _AttentionArguments(ctypes.Structure):
-    """`Arguments` of attention.cu."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "qkv", "norm_q", "norm_k", "cosine", "sine", "position",
-                "keys", "values", "attended", "partial", "arrivals",
-            )
-        ),
-        *((name, ctypes.c_int) for name in ("capacity", "window", "undivided", "positions_per_share")),
-        ("eps", ctypes.c_float),
-    ]  # fmt: skip
 
 
 def serves(model: "DecoderModel") -> bool:
@@ -116,23 +76,13 @@ class CudaDecodeStep:
             self._project_o = Projection(query, (hidden,), dtype)
             self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
             self._project_down = Projection(inner, (hidden,), dtype, kind="gated")
-            self._shares = max(1, torch.cuda.get_device_properties(device).multi_processor_count // config.kv_heads)
-            group = config.heads // config.kv_heads
-            self._partial = buffer(config.kv_heads * self._shares * group * (config.head_dim + 4), dtype=torch.float32)
-            self._arrivals = buffer(config.kv_heads, dtype=torch.int32)
-            self._attention_threads = attention_threads(config, self._shares, nvrtc.most_shared_bytes())
-            self._attention = nvrtc.compile_kernel(
-                "attention.cu",
-                "attention",
-                attention_macros(config, dtype, self._shares, self._attention_threads),
-                attention_shared_bytes(config, self._shares, self._attention_threads),
-            )
-            macros = nvrtc.common_macros(dtype, EMBED_THREADS) | {"HIDDEN": hidden, "HEAD_DIM": config.head_dim}
-            self._embed = nvrtc.compile_kernel("embed.cu", "embed", macros, 0)
+            heads = Heads(config.heads, config.kv_heads, config.head_dim, config.qk_norm)
+            self._attention = AttentionKernel(heads, dtype)
+            partial = buffer(self._attention.partial_floats, dtype=torch.float32)
+            self._attention_scratch = partial, buffer(config.kv_heads, dtype=torch.int32)
+            self._embed = EmbedKernel(hidden, config.head_dim, dtype)
             self._head_inputs = buffer(hidden)
-            macros = nvrtc.common_macros(dtype, HEAD_INPUTS_THREADS) | {"HIDDEN": hidden}
-            shared_bytes = head_inputs_shared_bytes(HEAD_INPUTS_THREADS)
-            self._find_head_inputs = nvrtc.compile_kernel("head_inputs.cu", "head_inputs", macros, shared_bytes)
+            self._find_head_inputs = HeadInputsKernel(hidden, dtype)
             self._project_head: dict[str, Projection] = {}  # by kind
             self.observed = False
             self._revision = 0
@@ -163,11 +113,8 @@ class CudaDecodeStep:
             return self._head(model)
 
     def _embedding(self, model: "DecoderModel", token: Tensor, position: Tensor) -> nvrtc.Launch:
-        own_position, cosine, sine = self._token
-        tensors = (
-            token, position, model.embed_tokens.weight, model.cos, model.sin, self._hidden, own_position, cosine, sine,
-        )  # fmt: skip
-        return self._embed.prepared(1, EMBED_THREADS, _EmbedArguments(*(tensor.data_ptr() for tensor in tensors)))
+        tables = model.embed_tokens.weight, model.cos, model.sin
+        return self._embed.prepared(token, position, tables, (self._hidden, *self._token))
 
     def _head(self, model: "DecoderModel") -> Tensor:
         head, norm, eps = model.lm_head, model.norm.weight, self._config.rms_norm_eps
@@ -180,13 +127,10 @@ class CudaDecodeStep:
             project = self._head_projection(weight, "normalized")
             _start([project.prepared(self._hidden, operands, norm, eps=eps, dependent=True)])
             return logits
-        arguments = _HeadInputsArguments(
-            self._hidden.data_ptr(), norm.data_ptr(), self._head_inputs.data_ptr(), head.dropped_inputs, eps
-        )
         operands = [Operands(weight, self._keep_nonzero, y, head.bias)]
         project = self._head_projection(weight, "plain")
         _start([
-            self._find_head_inputs.prepared(1, HEAD_INPUTS_THREADS, arguments, dependent=True),
+            self._find_head_inputs.prepared(self._hidden, norm, self._head_inputs, head.dropped_inputs, eps),
             project.prepared(self._head_inputs, operands, dependent=True),
         ])  # fmt: skip
         return logits
@@ -268,19 +212,12 @@ class CudaDecodeStep:
 
     def _attend(self, block: DecoderBlock, cache: BlockCache) -> nvrtc.Launch:
         attention = block.self_attn
-        norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        norm_q, norm_k = (None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm))
         position, cosine, sine = self._token
-        tensors = (
-            self._qkv, *norms, cosine, sine, position,
-            cache.keys, cache.values, self._attended, self._partial, self._arrivals,
+        return self._attention.prepared(
+            self._qkv, (norm_q, norm_k), (cosine, sine), position, (cache.keys, cache.values), self._attended,
+            self._attention_scratch, window=attention.window, eps=self._config.rms_norm_eps,
         )  # fmt: skip
-        arguments = _AttentionArguments(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
-        arguments.capacity = cache.keys.stride(1) // attention.head_dim
-        arguments.window = attention.window or 0
-        arguments.undivided, arguments.positions_per_share = UNDIVIDED, POSITIONS_PER_SHARE
-        arguments.eps = self._config.rms_norm_eps
-        grid = self._config.kv_heads * self._shares
-        return self._attention.prepared(grid, self._attention_threads, arguments, dependent=True)
 
 
 def _start(launches: Sequence[nvrtc.Launch]) -> None:
@@ -292,33 +229,3 @@ def _start(launches: Sequence[nvrtc.Launch]) -> None:
 def _settings(layer: SparseLinear) -> tuple[Any, ...]:
     """What launches depend on and what may be replaced."""
     return layer.threshold, layer.sparse_bias, layer.always_dense
-
-
-def attention_threads(config: EngineConfig, shares: int, most_shared_bytes: int) -> int:
-    """ATTENTION_THREADS, or as many as a GPU with less shared memory can run."""
-    fitting = (
-        threads
-        for threads in range(ATTENTION_THREADS, 32, -32)
-        if attention_shared_bytes(config, shares, threads) <= most_shared_bytes
-    )
-    return next(fitting, 32)
-
-
-def attention_macros(config: EngineConfig, dtype: torch.dtype, shares: int, threads: int) -> dict[str, object]:
-    return nvrtc.common_macros(dtype, threads) | {
-        "HEADS": config.heads, "KV_HEADS": config.kv_heads, "HEAD_DIM": config.head_dim,
-        "NORM_QK": config.qk_norm, "MAX_SHARES": shares,
-    }  # fmt: skip
-
-
-def attention_shared_bytes(config: EngineConfig, shares: int, threads: int) -> int:
-    """Size of `Shared` in attention.cu."""
-    group, warps, dim = config.heads // config.kv_heads, threads // 32, config.head_dim
-    own = max(2 * 16 * 2 * dim, 4 * group * (dim + 4))  # of a warp
-    inputs = 2 * (-(-group // 8) * 8 * (dim + 8) + 2 * dim)
-    return warps * own + inputs + 4 * group * (2 * warps + max(warps, shares) + 2) + 64
-
-
-def head_inputs_shared_bytes(threads: int) -> int:
-    """Size of `Shared` in head_inputs.cu."""
-    return 2 * 4 * threads // 32
