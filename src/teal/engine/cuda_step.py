@@ -71,7 +71,6 @@ class CudaDecodeStep:
             self._hidden, self._middle = buffer(hidden), buffer(hidden)
             self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
             self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
-            self._keep_nonzero = torch.zeros((), dtype=torch.float32, device=device)
             self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
             self._project_o = Projection(query, (hidden,), dtype)
             self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")
@@ -121,18 +120,17 @@ class CudaDecodeStep:
         if head.packed.layout != CudaWeight.layout:
             return head.decode(model.norm(self._hidden[None]))
         logits = torch.empty(1, head.out_features, dtype=self._hidden.dtype, device=self._hidden.device)
-        weight, y = head.packed.storage[0], logits[0]
+        weight = head.packed.storage[0]
+        operands = [Operands(weight, head.threshold, logits[0], head.bias)]
         if head.dropped_inputs == 0:
-            operands = [Operands(weight, self._keep_all, y, head.bias)]
             project = self._head_projection(weight, "normalized")
             _start([project.prepared(self._hidden, operands, norm, eps=eps, dependent=True)])
-            return logits
-        operands = [Operands(weight, self._keep_nonzero, y, head.bias)]
-        project = self._head_projection(weight, "plain")
-        _start([
-            self._find_head_inputs.prepared(self._hidden, norm, self._head_inputs, head.dropped_inputs, eps),
-            project.prepared(self._head_inputs, operands, dependent=True),
-        ])  # fmt: skip
+        else:
+            project = self._head_projection(weight, "plain")
+            _start([
+                self._find_head_inputs.prepared(self._hidden, norm, self._head_inputs, head.dropped_inputs, eps),
+                project.prepared(self._head_inputs, operands, dependent=True),
+            ])  # fmt: skip
         return logits
 
     def _head_projection(self, weight: Tensor, kind: str) -> Projection:
