@@ -212,7 +212,7 @@ def read_bandwidth(buffer: Tensor) -> float:
     if buffer.device.type == "cuda":
         half = buffer.numel() // 2
         one, other = buffer[:half], buffer[half : 2 * half]
-        with torch.cuda.device(buffer.device):
+        with torch.accelerator.device_index(buffer.device.index):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(COPIES):

@@ -174,12 +174,13 @@ def _fastest_proposal(tokens: int, x: Tensor, weight: Tensor) -> Algorithm:
         torch.cuda.get_device_name(x.device), _library().cublasLtGetVersion(), tokens, k, n, x.dtype, MOST_WORKSPACE,
     )  # fmt: skip
     name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
+
+    def measured() -> bytes:
+        rows = x.repeat(-(-tokens // x.shape[0]), 1)[:tokens]
+        return places[fastest(_times(product, proposals, rows, weight))]
+
     try:
-        place = cached(
-            name,
-            lambda: places[fastest(_times(product, proposals, x.repeat(-(-tokens // x.shape[0]), 1)[:tokens], weight))],
-            places.__contains__,
-        )
+        place = cached(name, measured, places.__contains__)
     except torch.OutOfMemoryError:  # nothing can be measured now
         place = places[0]
     return proposals[int(place)]

@@ -1,6 +1,7 @@
 """The choice of the most likely token on an NVIDIA GPU: ops/cuda/greedy.cu."""
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ def serves(logits: Tensor) -> bool:
     )
 
 
+@cache
 def _runs_on(device: torch.device) -> bool:
-    with torch.cuda.device(device):
+    with torch.accelerator.device_index(device.index):
         return nvrtc.unavailable() is None
 
 
@@ -43,7 +45,7 @@ def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:
     """
     logits, checked = logits.contiguous(), torch.empty_like(token)
     arguments = _Arguments(logits.data_ptr(), token.data_ptr(), checked.data_ptr(), invalid, logits.shape[1])
-    with torch.cuda.device(logits.device):
+    with torch.accelerator.device_index(logits.device.index):
         cluster = CLUSTER if nvrtc.has_clusters() else 1
         macros = nvrtc.common_macros(logits.dtype, THREADS, cluster=cluster)
         kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * (THREADS // 32 + cluster))

@@ -26,18 +26,17 @@ class CudaWeight(ChannelMajorWeight):
         n, k = weight.shape
         if not weight.is_cuda:
             return nvrtc.unavailable() or "it is not on a CUDA device"
-        with torch.cuda.device(weight.device):
+        with torch.accelerator.device_index(weight.device.index):
             if reason := nvrtc.unavailable():
                 return reason
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
-        if n % 8 or k % 8 or k > 32768:
-            return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
-        try:
-            with torch.cuda.device(weight.device):
+            if weight.dtype not in (torch.bfloat16, torch.float16):
+                return f"the kernel multiplies bfloat16 and float16, not {weight.dtype}"
+            if n % 8 or k % 8 or k > 32768:
+                return f"its shape {n} x {k} is not of multiples of 8 with at most 32768 input channels"
+            try:
                 tuning_here(k, (n,))
-        except TealError as error:
-            return str(error)
+            except TealError as error:
+                return str(error)
         return None
 
     def sparse_gemv(self, x: Tensor, threshold: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,7 +47,7 @@ class CudaWeight(ChannelMajorWeight):
         y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
         if x.shape[0] == 0:
             return y
-        with torch.cuda.device(x.device):
+        with torch.accelerator.device_index(x.device.index):
             device = torch.cuda.current_device()
             if x.shape[0] == 1:
                 kernel = _kernel(k, n, x.dtype, device)
@@ -62,7 +61,7 @@ class CudaWeight(ChannelMajorWeight):
 
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.is_cuda and x.numel() > x.shape[-1]:
-            with torch.cuda.device(x.device):
+            with torch.accelerator.device_index(x.device.index):
                 y = cublaslt.gemm(x, self.storage[0], bias)
             if y is not None:
                 return y
