@@ -101,10 +101,10 @@ def _runs(process: str) -> bool:
 def check_writable(path: Path) -> None:
     """Fail before hours of work, not after, if `path` cannot be written."""
     try:
-        path.exists()
+        is_directory = path.is_dir()
     except OSError as error:  # a name that is too long, say
         raise TealError(f"cannot write {path}: {error.strerror}") from error
-    if path.is_dir():
+    if is_directory:
         raise TealError(f"cannot write {path}: it is a directory; name a file")
     parent = path.parent
     while not parent.exists():

@@ -76,7 +76,7 @@ def _turn_level(model: TextModel, level_text: str) -> None:
         raise UsageError(str(error)) from None
     set_sparsity(model.engine or model.model, level)
     model.level = level
-    print(f"sparsity {level:g}" if level else "dense", file=sys.stderr)
+    print(common.level_name(level), file=sys.stderr)
 
 
 def _answer(model: TextModel, messages: list[dict[str, str]], arguments: argparse.Namespace) -> dict[str, object]:

@@ -92,10 +92,15 @@ def add_head(parser: argparse.ArgumentParser) -> None:
 
 def quantization_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `load_engine` for --weights and --head-weights. Refuses them off the CPU."""
-    if (arguments.weights or arguments.head_weights) and arguments.device.partition(":")[0] != "cpu":
+    if (arguments.weights or arguments.head_weights) and not is_cpu(arguments.device):
         raise UsageError("--weights and --head-weights are for --device cpu")
     head = arguments.head_weights or ("int8" if arguments.weights else None)
     return {"quantization": arguments.weights, "head_quantization": head}
+
+
+def is_cpu(device: str) -> bool:
+    """Whether a --device is the CPU, whatever its number."""
+    return device.partition(":")[0] == "cpu"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -182,6 +187,11 @@ def level(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"sparsity must be at least 0 and below 1, got {text}; 0.5 means half")
     return value
+
+
+def level_name(level: float) -> str:
+    """How a level is called beside generated text."""
+    return f"sparsity {level:g}" if level else "dense"
 
 
 def positive(text: str) -> int:

@@ -240,7 +240,7 @@ def sampling_config(arguments: argparse.Namespace) -> "SamplingConfig":
 
 def conclude(statistics: dict[str, Any]) -> None:
     """Say in one line how a finished generation went, and warn of text unlike the calibration text."""
-    sparse = f"sparsity {statistics['level']:g}" if statistics["level"] else "dense"
+    sparse = common.level_name(statistics["level"])
     log = statistics.get("sparsity")
     if log:
         sparse += f", realised {log['realised']:.3f} where {log['expected']:.3f} was expected"

@@ -79,8 +79,7 @@ def _json_artifact(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
 def _samples(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
     common.say(arguments, content["sampling"])
     for sample in content["samples"]:
-        how = "dense" if sample["level"] == 0 else f"sparsity {sample['level']:g}"
-        common.say(arguments, f"\n{how}: {sample['prompt']}{sample['text']}")
+        common.say(arguments, f"\n{common.level_name(sample['level'])}: {sample['prompt']}{sample['text']}")
 
 
 def _plan(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_sources(arguments)
     output = _output(arguments)
     common.check_device(arguments.device)
-    if arguments.weights and arguments.device.partition(":")[0] != "cpu":
+    if arguments.weights and not common.is_cpu(arguments.device):
         raise UsageError("--weights is for --device cpu")
     tasks = common.read_tasks(arguments) if arguments.task else []
     directory = resolve_model(arguments.model)
