@@ -1,5 +1,6 @@
 // The part of cuBLASLt that teal uses, on a CPU, with the signatures of cublasLt.h. It proposes as many algorithms as
-// `proposed` says; number i takes costs[i] on a clock of its own and is known by its first byte.
+// `proposed` says; number i takes costs[i] on a clock of its own and is known by its first byte. The second byte is its
+// tile, one of 1 to `tiles`; with tile t it takes tile_costs[t] instead and tile_waves[t] waves. 0 is the one proposed.
 #include <cstdint>
 #include <cstring>
 
@@ -31,6 +32,11 @@ enum { SUCCESS = 0, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 
 EXPORT int proposed = 3;
 EXPORT float costs[8] = {5, 3, 4, 5, 5, 5, 5, 5};
+EXPORT int tiles = 0;
+EXPORT float tile_costs[8] = {0, 5, 5, 5, 5, 5, 5, 5};
+EXPORT float tile_waves[8] = {0, 1, 1, 1, 1, 1, 1, 1};
+EXPORT int refused = -1;  // the tile that products are not supported with
+EXPORT int wrong = -1;    // the tile whose products are wrong
 EXPORT float now = 0;
 EXPORT int products = 0;
 EXPORT int failing = -1;   // the algorithm whose products fail
@@ -60,11 +66,27 @@ static bool fits(const Layout* a, const Layout* b, const Layout* c, const Layout
 
 EXPORT int cublasLtMatmulAlgoCheck(void*, Operation*, Layout* a, Layout* b, Layout* c, Layout* d,
                                    const Algorithm* algorithm, Result* result) {
-    int index = algorithm->bytes[0];
+    int index = algorithm->bytes[0], tile = algorithm->bytes[1];
     if (capturing || index >= proposed || !fits(a, b, c, d)) return NOT_SUPPORTED;
+    if (tile > tiles || tile == refused) return NOT_SUPPORTED;
     *result = Result{};  // as the library does, which does not give the algorithm back
     result->workspace = 16 * index;
+    result->waves = tile ? tile_waves[tile] : 0.5;
     return SUCCESS;
+}
+EXPORT int cublasLtMatmulAlgoCapGetAttribute(const Algorithm*, int attribute, int* values, size_t size,
+                                             size_t* written) {
+    if (attribute != 6) return INVALID_VALUE;
+    *written = sizeof(int) * tiles;
+    if (size == 0) return SUCCESS;
+    if (size < *written) return INVALID_VALUE;
+    for (int i = 0; i < tiles; i++) values[i] = i + 1;
+    return SUCCESS;
+}
+EXPORT int cublasLtMatmulAlgoConfigSetAttribute(Algorithm* algorithm, int attribute, const uint32_t* value,
+                                                size_t size) {
+    if (attribute != 1 || size != sizeof *value) return INVALID_VALUE;
+    return algorithm->bytes[1] = *value, SUCCESS;
 }
 EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, Operation* operation, Layout* a, Layout* b, Layout* c, Layout* d,
                                           Preference* preference, int most, Result* results, int* count) {
@@ -102,7 +124,7 @@ static void store(uint16_t* at, float value, int type) {
 EXPORT int cublasLtMatmul(void*, Operation*, const float* alpha, const uint16_t* a, Layout* of_a, const uint16_t* b,
                           Layout* of_b, const float* beta, const uint16_t* c, Layout* of_c, uint16_t* d, Layout* of_d,
                           const Algorithm* algorithm, void* workspace, size_t size, void* stream) {
-    int index = algorithm->bytes[0], type = of_d->type;
+    int index = algorithm->bytes[0], tile = algorithm->bytes[1], type = of_d->type;
     if (!fits(of_a, of_b, of_c, of_d) || size < 16u * index || (size && !workspace)) return INVALID_VALUE;
     if ((uint64_t)stream != STREAM || index == failing) return INVALID_VALUE;
     for (uint64_t column = 0; column < of_d->columns; column++)
@@ -111,9 +133,9 @@ EXPORT int cublasLtMatmul(void*, Operation*, const float* alpha, const uint16_t*
             for (uint64_t k = 0; k < of_a->columns; k++)
                 sum += load(a + row + k * of_a->stride, type) * load(b + k + column * of_b->stride, type);
             float before = *beta ? *beta * load(c + row + column * of_c->stride, type) : 0;
-            store(d + row + column * of_d->stride, *alpha * sum + before, type);
+            store(d + row + column * of_d->stride, tile == wrong ? 1e3f : *alpha * sum + before, type);
         }
-    now += costs[index];
+    now += tile ? tile_costs[tile] : costs[index];
     products++;
     return SUCCESS;
 }

@@ -35,7 +35,10 @@ class Library:
 
     @property
     def costs(self) -> "ctypes.Array[ctypes.c_float]":  # of the algorithms, at first 5, 3, 4
-        return (ctypes.c_float * 8).in_dll(self.library, "costs")
+        return self.floats("costs")
+
+    def floats(self, name: str) -> "ctypes.Array[ctypes.c_float]":
+        return (ctypes.c_float * 8).in_dll(self.library, name)
 
 
 @pytest.fixture
@@ -98,7 +101,7 @@ def cost(library: Library, x: torch.Tensor, weight: torch.Tensor) -> float:
     return library.now - before
 
 
-MEASURING = 3 * (1 + cublaslt.REPEATS)  # products
+MEASURING = 3 * (1 + cublaslt.TRIES + 1 + cublaslt.REPEATS) + 2  # products
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -119,7 +122,7 @@ def test_leading_dimensions_strides_and_unaligned_inputs(library: Library) -> No
 def test_the_fastest_is_measured_once_for_a_range_of_tokens(library: Library) -> None:
     weight = operands()[1]
     cost(library, operands(40)[0], weight)
-    for tokens in (40, 3, 64):
+    for tokens in (40, 33, 64):
         assert cost(library, operands(tokens)[0], weight) == 3.0
     assert library.products.value == MEASURING + 4
     cost(library, operands(65)[0], weight)
@@ -130,15 +133,52 @@ def test_later_processes_take_the_same(library: Library, tmp_path: Path) -> None
     x, weight, _ = operands()
     cost(library, x, weight)
     (kept,) = (tmp_path / "cache").glob("*.gemm")
-    assert kept.read_text() == "1"
+    assert kept.read_text() == "1 0"
     library.costs[2] = 1.0
     forget()
     assert cost(library, x, weight) == 3.0
-    for damaged in (b"9", b"", b"\xff" * 64):
+    for damaged in (b"9 0", b"1", b"1 1", b"1 -1", b"1 0 0", b"", b"\xff" * 64):
         kept.write_bytes(damaged)
         forget()
         cost(library, x, weight)
-        assert kept.read_text() == "2"
+        assert kept.read_text() == "2 0"
+
+
+def test_tiles_that_are_not_proposed(library: Library, tmp_path: Path) -> None:
+    x, weight, _ = operands()
+    library.tiles.value = 4
+    library.floats("tile_costs")[:5] = [0, 5, 2, 1, 0.5]
+    library.floats("tile_waves")[:5] = [0, 1, 0.9, 0.8, 4.1]  # the third leaves places, the fourth takes many waves
+    cost(library, x, weight)
+    assert cost(library, x, weight) == 2.0
+    (kept,) = (tmp_path / "cache").glob("*.gemm")
+    place, tile = kept.read_text().split()
+    assert (int(place) < 3, tile) == (True, "2")
+    forget()
+    library.floats("tile_costs")[2] = 9.0
+    assert cost(library, x, weight) == 9.0, "later processes take the same"
+    library.tiles.value = 1  # another library, say
+    forget()
+    cost(library, x, weight)
+    assert kept.read_text() == "1 0"
+
+
+@pytest.mark.parametrize("why", ["refused", "wrong"])
+def test_a_tile_that_does_not_serve_is_not_taken(why: str, library: Library) -> None:
+    x, weight, _ = operands()
+    library.tiles.value = 1
+    library.floats("tile_costs")[1] = 1.0
+    getattr(library, why).value = 1
+    cost(library, x, weight)
+    assert cost(library, x, weight) == (3.0 if why == "refused" else 5.0)
+
+
+def test_only_the_best_tiles_are_measured(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cublaslt, "MOST_VARIANTS", 4)
+    library.proposed.value, library.tiles.value = 1, 7
+    library.floats("tile_waves")[1:] = [0.9, 1.0, 1.9, 2.0, 0.95, 3.0, 4.0]
+    product = cublaslt.Product(5, 24, 16, BRAIN)
+    assert [(each.place, each.tile) for each in product.candidates()] == [(0, 0), (0, 2), (0, 5), (0, 1), (0, 4)]
 
 
 @pytest.mark.parametrize("about", ["device", "version", "dtype", "shape"])
@@ -162,7 +202,7 @@ def test_what_is_kept_is_for_the_same_product(
 
 def test_without_a_cache_it_measures_once_in_a_process(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEAL_CACHE", "/proc/nowhere")
-    for tokens in (40, 3, 64):
+    for tokens in (40, 33, 64):
         cost(library, operands(tokens)[0], operands()[1])
     assert library.products.value == MEASURING + 3
 
@@ -253,4 +293,5 @@ def test_the_first_proposal_stays_unless_another_gains_enough() -> None:
 
 
 def test_ranges_of_tokens() -> None:
-    assert [measured_tokens(tokens) for tokens in (1, 64, 65, 1024, 1025, 4096)] == [64, 64, 128, 1024, 1280, 4096]
+    tokens = (1, 32, 33, 512, 513, 1024, 1025, 4096)
+    assert [measured_tokens(each) for each in tokens] == [32, 32, 64, 512, 576, 1024, 1280, 4096]

@@ -1,8 +1,9 @@
-"""Dense products of several tokens with weights [K, N], by the fastest of the algorithms that cuBLASLt proposes.
+"""Dense products of several tokens with weights [K, N], by the fastest of cuBLASLt's algorithms.
 
-Its first proposal for weights in this order takes up to 1.6 times as long as cuBLAS with row-major weights, its fastest
-at most 1.1 times and 0.95 times in the mean (docs/log.md). Which one is the fastest is measured once for a shape and a
-range of tokens, in milliseconds, and kept in the cache directory, so that later runs give the same bits.
+What it proposes first for weights in this order takes up to 1.6 times as long as cuBLAS with row-major weights. As fast
+as that or faster are tiles of a size that gives every multiprocessor the same number of them, which it has but seldom
+proposes (docs/log.md). The fastest is measured once for a shape and a range of tokens and kept in the cache directory,
+so that later runs give the same bits.
 
 The library is that of torch's version of CUDA; its C interface: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api
 """
@@ -22,15 +23,19 @@ from teal.artifacts import cached
 
 MOST_TOKENS = 4096  # of more, products are long, and the first proposal is as good as any
 MOST_PROPOSALS = 8  # cuBLASLt makes no more
-REPEATS = 5
+MOST_WAVES, FULL = 4, 0.85  # of blocks, with tiles that are not proposed, and the share of their places that is taken
+MOST_VARIANTS = 96  # with such tiles
+TRIES, FINALISTS, REPEATS = 2, 8, 5  # how often all are measured, how many of them again, and how often
 READS = 3  # of a buffer larger than the cache; together longer than the host takes to start a product
 GAIN = 0.97  # of the time of the first proposal, at most, for another to be taken
 MOST_WORKSPACE = 32 << 20
+SAME = 1e-2  # relative, of two products of the same inputs
 ALIGNMENT = 256  # bytes, which cuBLASLt takes for granted
 
 # Of cublas_api.h, cublasLt.h and library_types.h.
 REAL_16F, REAL_16BF, REAL_32F, COMPUTE_32F = 2, 14, 0, 68
 MAX_WORKSPACE_BYTES, REDUCTION_SCHEME_MASK, IN_COMPUTE_TYPE = 1, 3, 2
+ALGO_CAP_TILE_IDS, ALGO_CONFIG_TILE_ID = 6, 1
 TYPES = {torch.float16: REAL_16F, torch.bfloat16: REAL_16BF}
 
 
@@ -79,6 +84,14 @@ class Algorithm(ctypes.Structure):
     ]
 
 
+class Candidate(NamedTuple):
+    """The proposal of a place with the tile of a number of cuBLASLt's, or with its own if that is 0."""
+
+    place: int
+    tile: int
+    algorithm: Algorithm
+
+
 class Product:
     """y [T, N] = x [T, K] @ weight [K, N], of fixed sizes and dtype, on the current device."""
 
@@ -99,10 +112,31 @@ class Product:
         _call("MatmulAlgoGetHeuristic", _handle(), *self._problem, _preference(), MOST_PROPOSALS, results, _to(count))
         return [result for result in results[: count.value] if result.state == 0]
 
+    def candidates(self) -> list[Candidate]:
+        """The proposals, and what they become with other tiles: those of the fewest and fullest waves of blocks."""
+        proposals = self.proposals()
+        variants: list[tuple[float, Candidate]] = []
+        for place, proposal in enumerate(proposals):
+            for tile in tiles_of(proposal):
+                try:
+                    algorithm = self.accepted(with_tile(proposal, tile))
+                except _Failure:
+                    continue
+                waves = math.ceil(algorithm.waves)
+                if 0 < waves <= MOST_WAVES and algorithm.waves >= FULL * waves:
+                    variants.append((waves + 1 - algorithm.waves / waves, Candidate(place, tile, algorithm)))
+        variants.sort(key=lambda variant: variant[0])
+        return [
+            *(Candidate(place, 0, proposal) for place, proposal in enumerate(proposals)),
+            *(candidate for _, candidate in variants[:MOST_VARIANTS]),
+        ]
+
     def accepted(self, algorithm: Algorithm) -> Algorithm:
-        """One that was proposed for a product of another number of tokens, as this one needs it."""
+        """One with another tile, or that was proposed for another number of tokens, as this product needs it."""
         result = Algorithm()
         _call("MatmulAlgoCheck", _handle(), *self._problem, _to(algorithm.algorithm), _to(result))
+        if result.state != 0 or result.workspace_bytes > MOST_WORKSPACE:
+            raise _Failure("it needs too much memory")
         result.algorithm = algorithm.algorithm
         return result
 
@@ -117,21 +151,38 @@ class Product:
         )  # fmt: skip
 
 
+def tiles_of(algorithm: Algorithm) -> list[int]:
+    """The numbers of the tiles that it is documented to come with; a product may refuse them nevertheless."""
+    size, attribute = ctypes.c_size_t(), ctypes.c_int(ALGO_CAP_TILE_IDS)
+    _call("MatmulAlgoCapGetAttribute", _to(algorithm.algorithm), attribute, None, ctypes.c_size_t(0), _to(size))
+    tiles = (ctypes.c_int * (size.value // ctypes.sizeof(ctypes.c_int)))()
+    _call("MatmulAlgoCapGetAttribute", _to(algorithm.algorithm), attribute, tiles, size, _to(size))
+    return [tile for tile in tiles if tile > 0]
+
+
+def with_tile(algorithm: Algorithm, tile: int) -> Algorithm:
+    other = Algorithm.from_buffer_copy(algorithm)
+    number = ctypes.c_uint32(tile)
+    size = ctypes.c_size_t(ctypes.sizeof(number))
+    _call("MatmulAlgoConfigSetAttribute", _to(other.algorithm), ctypes.c_int(ALGO_CONFIG_TILE_ID), _to(number), size)
+    return other
+
+
 def measured_tokens(tokens: int) -> int:
     """The number of tokens at which the algorithm for `tokens` of them is chosen."""
-    step = 64 if tokens <= 1024 else 256
+    step = 32 if tokens <= 512 else 64 if tokens <= 1024 else 256  # what suits 128 can be slow with 96
     return -(-tokens // step) * step
 
 
 def fastest(times: Sequence[Sequence[float]]) -> int:
-    """The index of the proposal to take, by three or more times of each: the first, unless another is clearly faster.
+    """The index of the candidate to take, by three or more times of each: the first, unless another is clearly faster.
 
     That is by its median, and all but its longest time are below all but the shortest of the first.
     """
     medians = [statistics.median(each) for each in times]
     best = min(range(len(medians)), key=medians.__getitem__)
     if math.isinf(medians[best]):
-        raise _Failure("all that it proposes fails")
+        raise _Failure("all algorithms fail")
     clearly = sorted(times[best])[-2] < sorted(times[0])[1]
     return best if clearly and medians[best] <= GAIN * medians[0] else 0
 
@@ -155,54 +206,88 @@ def _choose(x: Tensor, weight: Tensor) -> _Chosen | None:
     key = (tokens, k, n, x.dtype, torch.cuda.current_device())
     try:
         if key not in _fastest:
-            _fastest[key] = _fastest_proposal(tokens, x, weight)
+            _fastest[key] = _fastest_algorithm(tokens, weight)
         product = Product(x.shape[0], k, n, x.dtype)
         return _Chosen(product, product.accepted(_fastest[key]))
     except _Failure:
         return None
 
 
-def _fastest_proposal(tokens: int, x: Tensor, weight: Tensor) -> Algorithm:
-    """For this many rows like those of x."""
+def _fastest_algorithm(tokens: int, weight: Tensor) -> Algorithm:
+    """For x [tokens, K] @ weight [K, N]."""
     k, n = weight.shape
-    product = Product(tokens, k, n, x.dtype)
+    product = Product(tokens, k, n, weight.dtype)
+    about = (
+        torch.cuda.get_device_name(weight.device), _library().cublasLtGetVersion(), tokens, k, n, weight.dtype,
+        MOST_WORKSPACE, MOST_WAVES, FULL, MOST_VARIANTS,
+    )  # fmt: skip
+    name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
     proposals = product.proposals()
     if not proposals:
         raise _Failure("it proposes nothing")
-    places = [b"%d" % place for place in range(len(proposals))]
-    about = (
-        torch.cuda.get_device_name(x.device), _library().cublasLtGetVersion(), tokens, k, n, x.dtype, MOST_WORKSPACE,
-    )  # fmt: skip
-    name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
 
-    def measured() -> bytes:
-        rows = x.repeat(-(-tokens // x.shape[0]), 1)[:tokens]
-        return places[fastest(_times(product, proposals, rows, weight))]
+    def known(content: bytes) -> tuple[int, int] | None:
+        """Place and tile of what is kept."""
+        words = content.split()
+        if len(words) != 2 or not all(word.isdigit() for word in words):
+            return None
+        place, tile = map(int, words)
+        if place >= len(proposals) or (tile and tile not in tiles_of(proposals[place])):
+            return None
+        return place, tile
 
     try:
-        place = cached(name, measured, places.__contains__)
+        kept = cached(name, lambda: _measured(product, weight, tokens), lambda content: known(content) is not None)
     except torch.OutOfMemoryError:  # nothing can be measured now
-        place = places[0]
-    return proposals[int(place)]
+        return proposals[0]
+    place, tile = known(kept) or (0, 0)
+    return with_tile(proposals[place], tile) if tile else proposals[place]
 
 
-def _times(product: Product, proposals: Sequence[Algorithm], x: Tensor, weight: Tensor) -> list[list[float]]:
-    """Milliseconds of each, REPEATS times in turn, infinite if it fails.
+def _measured(product: Product, weight: Tensor, tokens: int) -> bytes:
+    """Place and tile of the fastest."""
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(tokens, weight.shape[0], device=weight.device, dtype=weight.dtype, generator=generator)
+    candidates = product.candidates()
+    first, tried = candidates[0], _times(product, candidates, x, weight, TRIES)
+    quickest = sorted(range(1, len(candidates)), key=lambda index: min(tried[index]))
+    finalists = [first, *(candidates[index] for index in quickest[: FINALISTS - 1])]
+    chosen = finalists[fastest(_times(product, finalists, x, weight, REPEATS))]
+    if chosen is not first and not _agree(product, first, chosen, x, weight):
+        chosen = first
+    return b"%d %d" % (chosen.place, chosen.tile)
+
+
+def _agree(product: Product, first: Candidate, other: Candidate, x: Tensor, weight: Tensor) -> bool:
+    """Whether both give the same product but for its rounding."""
+    want, got = (torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device) for _ in range(2))
+    product.run(other.algorithm, x, weight, got)
+    try:
+        product.run(first.algorithm, x, weight, want)
+    except _Failure:  # nothing to compare with
+        return True
+    return bool((got.float() - want.float()).norm() <= SAME * want.float().norm())
+
+
+def _times(
+    product: Product, candidates: Sequence[Candidate], x: Tensor, weight: Tensor, repeats: int
+) -> list[list[float]]:
+    """Milliseconds of each, `repeats` times in turn, infinite if it fails.
 
     The weights come from memory, and nothing is left to be written back there: the cache was filled by reading.
     """
     y = torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device)
     size = 2 * torch.cuda.get_device_properties(x.device).L2_cache_size
     other = torch.zeros(size // 4, dtype=torch.float32, device=x.device)
-    times: list[list[float]] = [[] for _ in proposals]
-    for repeat in range(-1, REPEATS):  # the first warms up
-        for algorithm, its_times in zip(proposals, times, strict=True):
+    times: list[list[float]] = [[] for _ in candidates]
+    for repeat in range(-1, repeats):  # the first warms up
+        for candidate, its_times in zip(candidates, times, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in range(READS):
                 other.sum()
             start.record()
             try:
-                product.run(algorithm, x, weight, y)
+                product.run(candidate.algorithm, x, weight, y)
             except _Failure:
                 its_times.append(math.inf)
                 continue
