@@ -58,5 +58,5 @@ class CapturedToken:
         for buffer, value in zip(self._buffers, before, strict=True):
             buffer.copy_(value)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):  # torch's own is of the first device that captured
             self._result = self._run()
