@@ -645,6 +645,7 @@ class TestSparsityLog:
 
     def test_dense(self, refuses: Callable[..., Outcome]) -> None:
         refuses(*self.GENERATE, "--dense", says="there is none to log", code=2)
+        refuses(*self.GENERATE, "--level", "0", says="there is none to log", code=2)
 
 
 @pytest.mark.usefixtures("home")
@@ -1017,6 +1018,11 @@ class TestBadArtifacts:
         refuses(*arguments, "--plan", "nowhere.json", says="nowhere.json does not exist")
         if arguments[0] != "tune":  # which makes one
             refuses(*arguments, says=f"no plan at {PLAN}; run `teal calibrate model` and `teal allocate model` first")
+
+    def test_a_plan_that_is_a_directory(self, refuses: Callable[..., Outcome]) -> None:
+        says = "teal-model is a directory without teal.json, which teal tune and teal.save write; name one that has it"
+        refuses("generate", "model", "--prompt", "The", "--plan", "teal-model", says=says)
+        refuses("evaluate", "model", "--plan", "teal-model", says="teal-model is a directory; name the file in it")
 
     @every_plan_reader
     def test_plan_of_other_shapes(self, arguments: list[str], refuses: Callable[..., Outcome]) -> None:

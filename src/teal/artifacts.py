@@ -129,6 +129,8 @@ def read_json(path: Path) -> dict[str, Any]:
         payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except FileNotFoundError:
         raise TealError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise TealError(f"{path} is a directory; name the file in it") from None
     except OSError as error:
         raise TealError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

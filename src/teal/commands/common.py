@@ -294,6 +294,11 @@ def chosen_plan(arguments: argparse.Namespace) -> "tuple[SparsityPlan, float | N
         directory = tuned
     if directory is None:
         return load_plan(arguments), None
+    if not (directory / SETTINGS_FILE).exists():
+        raise TealError(
+            f"{directory} is a directory without {SETTINGS_FILE}, which teal tune and teal.save write; "
+            f"name one that has it, or a plan, such as {directory / PLAN}"
+        )
     plan, level = load_settings(directory)
     print(f"{directory}: level {level:g}" if level else f"{directory}: dense", file=sys.stderr)
     return plan, level

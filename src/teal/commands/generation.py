@@ -87,6 +87,8 @@ class TextModel:
         self.tokenizer = load_tokenizer(directory)
         level = level if arguments.level is None else arguments.level
         self.level = default_level(self.plan) if level is None and self.plan is not None else level or 0.0
+        if self.log_sparsity and self.level == 0:
+            raise UsageError("a model at level 0 is without sparsity: there is none to log")
         self.engine: DecoderModel | None = None
         self.model: Any = None
         self.context = 0
