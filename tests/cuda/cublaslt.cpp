@@ -37,6 +37,9 @@ EXPORT float tile_costs[8] = {0, 5, 5, 5, 5, 5, 5, 5};
 EXPORT float tile_waves[8] = {0, 1, 1, 1, 1, 1, 1, 1};
 EXPORT int refused = -1;  // the tile that products are not supported with
 EXPORT int wrong = -1;    // the tile whose products are wrong
+EXPORT int silent = 0;    // whether it does not tell an algorithm's tiles
+EXPORT int fewest_rows = 0;  // of products that others than the first are supported for
+EXPORT size_t tile_workspace = 0;
 EXPORT float now = 0;
 EXPORT int products = 0;
 EXPORT int failing = -1;   // the algorithm whose products fail
@@ -69,14 +72,15 @@ EXPORT int cublasLtMatmulAlgoCheck(void*, Operation*, Layout* a, Layout* b, Layo
     int index = algorithm->bytes[0], tile = algorithm->bytes[1];
     if (capturing || index >= proposed || !fits(a, b, c, d)) return NOT_SUPPORTED;
     if (tile > tiles || tile == refused) return NOT_SUPPORTED;
+    if (index && d->columns < (uint64_t)fewest_rows) return NOT_SUPPORTED;
     *result = Result{};  // as the library does, which does not give the algorithm back
-    result->workspace = 16 * index;
+    result->workspace = tile ? tile_workspace : 16 * index;
     result->waves = tile ? tile_waves[tile] : 0.5;
     return SUCCESS;
 }
 EXPORT int cublasLtMatmulAlgoCapGetAttribute(const Algorithm*, int attribute, int* values, size_t size,
                                              size_t* written) {
-    if (attribute != 6) return INVALID_VALUE;
+    if (attribute != 6 || silent) return INVALID_VALUE;
     *written = sizeof(int) * tiles;
     if (size == 0) return SUCCESS;
     if (size < *written) return INVALID_VALUE;
@@ -125,7 +129,7 @@ EXPORT int cublasLtMatmul(void*, Operation*, const float* alpha, const uint16_t*
                           Layout* of_b, const float* beta, const uint16_t* c, Layout* of_c, uint16_t* d, Layout* of_d,
                           const Algorithm* algorithm, void* workspace, size_t size, void* stream) {
     int index = algorithm->bytes[0], tile = algorithm->bytes[1], type = of_d->type;
-    if (!fits(of_a, of_b, of_c, of_d) || size < 16u * index || (size && !workspace)) return INVALID_VALUE;
+    if (!fits(of_a, of_b, of_c, of_d) || size < (tile ? tile_workspace : 16u * index) || (size && !workspace)) return INVALID_VALUE;
     if ((uint64_t)stream != STREAM || index == failing) return INVALID_VALUE;
     for (uint64_t column = 0; column < of_d->columns; column++)
         for (uint64_t row = 0; row < of_d->rows; row++) {

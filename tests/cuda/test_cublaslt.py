@@ -101,7 +101,7 @@ def cost(library: Library, x: torch.Tensor, weight: torch.Tensor) -> float:
     return library.now - before
 
 
-MEASURING = 3 * (1 + cublaslt.TRIES + 1 + cublaslt.REPEATS) + 2  # products
+MEASURING = 3 * (1 + cublaslt.TRIES + 1 + cublaslt.REPEATS) + 1  # products
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
@@ -137,7 +137,7 @@ def test_later_processes_take_the_same(library: Library, tmp_path: Path) -> None
     library.costs[2] = 1.0
     forget()
     assert cost(library, x, weight) == 3.0
-    for damaged in (b"9 0", b"1", b"1 1", b"1 -1", b"1 0 0", b"", b"\xff" * 64):
+    for damaged in (b"9 0", b"1", b"1" * 5000 + b" 0", b"1 1", b"1 -1", b"1 0 0", b"", b"\xff" * 64):
         kept.write_bytes(damaged)
         forget()
         cost(library, x, weight)
@@ -161,6 +161,63 @@ def test_tiles_that_are_not_proposed(library: Library, tmp_path: Path) -> None:
     forget()
     cost(library, x, weight)
     assert kept.read_text() == "1 0"
+    kept.write_text("0 1")
+    library.refused.value = 1
+    forget()
+    cost(library, x, weight)
+    assert kept.read_text() == "1 0"
+
+
+@pytest.mark.parametrize("waves", [math.nan, math.inf, 0.0, -1.0, 4.1, 0.8])
+def test_tiles_that_leave_places_or_take_many_waves(waves: float, library: Library) -> None:
+    library.tiles.value = 1
+    library.floats("tile_waves")[1] = waves
+    assert len(cublaslt.Product(5, 24, 16, BRAIN).candidates()) == 3
+
+
+def test_tiles_that_take_too_much_memory(library: Library) -> None:
+    x, weight, _ = operands()
+    library.tiles.value, library.floats("tile_costs")[1] = 1, 1.0
+    ctypes.c_size_t.in_dll(library.library, "tile_workspace").value = cublaslt.MOST_WORKSPACE + 1
+    cost(library, x, weight)
+    assert cost(library, x, weight) == 3.0
+
+
+def test_where_tiles_are_not_told_the_proposals_serve(library: Library) -> None:
+    x, weight, _ = operands()
+    library.tiles.value, library.silent.value = 1, 1
+    cost(library, x, weight)
+    assert cost(library, x, weight) == 3.0
+
+
+def test_what_fewer_tokens_refuse(library: Library) -> None:
+    weight = operands()[1]
+    cost(library, operands(32)[0], weight)
+    library.fewest_rows.value = 20
+    assert cost(library, operands(20)[0], weight) == 3.0
+    assert cost(library, operands(19)[0], weight) == 5.0, "the first proposal"
+
+
+def test_each_device_is_measured(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = operands()
+    cost(library, x, weight)
+    monkeypatch.setenv("TEAL_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cost(library, x, weight)
+    assert library.products.value == 2 * (MEASURING + 1)
+
+
+def test_measuring_draws_no_random_numbers_of_the_user(library: Library) -> None:
+    x, weight, _ = operands()
+    before = torch.get_rng_state()
+    cost(library, x, weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_are_not_finite_choose_nothing(library: Library, tmp_path: Path) -> None:
+    x, weight, _ = operands()
+    assert gemm(x, weight.fill_(math.nan), None) is None
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("why", ["refused", "wrong"])
@@ -181,7 +238,7 @@ def test_only_the_best_tiles_are_measured(library: Library, monkeypatch: pytest.
     assert [(each.place, each.tile) for each in product.candidates()] == [(0, 0), (0, 2), (0, 5), (0, 1), (0, 4)]
 
 
-@pytest.mark.parametrize("about", ["device", "version", "dtype", "shape"])
+@pytest.mark.parametrize("about", ["device", "version", "dtype", "shape", "tiles"])
 def test_what_is_kept_is_for_the_same_product(
     about: str, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +249,8 @@ def test_what_is_kept_is_for_the_same_product(
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another")
     elif about == "version":
         monkeypatch.setattr(library.library, "cublasLtGetVersion", lambda: 1)
+    elif about == "tiles":
+        monkeypatch.setattr(cublaslt, "MOST_VARIANTS", 1)
     elif about == "dtype":
         x, weight = x.half(), weight.half()
     else:
@@ -287,7 +346,8 @@ def test_the_first_proposal_stays_unless_another_gains_enough() -> None:
     assert fastest([[1.0, 1.0, 9.0], [0.99] * 3, [0.9, 0.96, 0.97]]) == 2
     assert fastest([[1.0, 0.8, 0.8], [0.7, 0.75, 0.79]]) == 1
     assert fastest([[1.0, 0.8, 0.7], [0.7, 0.7, 0.8]]) == 1
-    assert fastest([[1.0, 0.9, 0.7], [0.6, 0.95, 0.95]]) == 0, "not clearly"
+    assert fastest([[1.0, 1.0, 1.0, 0.8, 0.8], [0.7, 0.7, 0.9, 0.9, 0.9]]) == 0, "not clearly"
+    assert fastest([[1.0, 1.0, 1.0, 0.8, 1.0], [0.7, 0.7, 0.9, 0.9, 0.9]]) == 1
     assert fastest([[2.0] * 3]) == 0
     assert fastest([[math.inf] * 3, [9.0] * 3]) == 1
 

@@ -57,6 +57,7 @@ class CapturedToken:
         torch.cuda.current_stream().wait_stream(stream)
         for buffer, value in zip(self._buffers, before, strict=True):
             buffer.copy_(value)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):  # torch's own is of the first device that captured
-            self._result = self._run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):  # torch's own is of the first device that captured
+            result = self._run()
+        self._graph, self._result = graph, result

@@ -11,8 +11,10 @@ The library is that of torch's version of CUDA; its C interface: https://docs.nv
 import ctypes
 import hashlib
 import math
+import re
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -44,10 +46,12 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
     None where torch's product must serve: for other dtypes, more than MOST_TOKENS rows, strided or unaligned weights,
     gradients, while torch compiles, where cuBLASLt is missing or fails, and while a CUDA graph is captured, which
-    forbids to measure, unless the fastest algorithm is known from before.
+    forbids to measure, unless there was such a product of as many rows before.
     """
     (k, n), tokens = weight.shape, x.numel() // x.shape[-1]
-    if not 0 < tokens <= MOST_TOKENS or x.requires_grad or torch.compiler.is_compiling():
+    if not 0 < tokens <= MOST_TOKENS or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
     if x.dtype not in TYPES or weight.dtype != x.dtype or not weight.is_contiguous() or weight.data_ptr() % ALIGNMENT:
         return None
@@ -76,7 +80,7 @@ class Algorithm(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t"""
 
     _fields_ = [
-        ("algorithm", ctypes.c_uint64 * 8),
+        ("opaque", ctypes.c_uint64 * 8),
         ("workspace_bytes", ctypes.c_size_t),
         ("state", ctypes.c_int),
         ("waves", ctypes.c_float),
@@ -110,34 +114,34 @@ class Product:
         """The best first, as cuBLASLt estimates."""
         results, count = (Algorithm * MOST_PROPOSALS)(), ctypes.c_int()
         _call("MatmulAlgoGetHeuristic", _handle(), *self._problem, _preference(), MOST_PROPOSALS, results, _to(count))
-        return [result for result in results[: count.value] if result.state == 0]
+        if not (proposals := [result for result in results[: count.value] if result.state == 0]):
+            raise _Failure("it proposes nothing")
+        return proposals
 
     def candidates(self) -> list[Candidate]:
         """The proposals, and what they become with other tiles: those of the fewest and fullest waves of blocks."""
-        proposals = self.proposals()
-        variants: list[tuple[float, Candidate]] = []
-        for place, proposal in enumerate(proposals):
+        proposals = [Candidate(place, 0, proposal) for place, proposal in enumerate(self.proposals())]
+        known = {bytes(proposal.algorithm.opaque) for proposal in proposals}
+        variants: list[Candidate] = []
+        for place, _, proposal in proposals:
             for tile in tiles_of(proposal):
                 try:
                     algorithm = self.accepted(with_tile(proposal, tile))
                 except _Failure:
                     continue
-                waves = math.ceil(algorithm.waves)
-                if 0 < waves <= MOST_WAVES and algorithm.waves >= FULL * waves:
-                    variants.append((waves + 1 - algorithm.waves / waves, Candidate(place, tile, algorithm)))
-        variants.sort(key=lambda variant: variant[0])
-        return [
-            *(Candidate(place, 0, proposal) for place, proposal in enumerate(proposals)),
-            *(candidate for _, candidate in variants[:MOST_VARIANTS]),
-        ]
+                if are_full(algorithm.waves) and bytes(algorithm.opaque) not in known:
+                    known.add(bytes(algorithm.opaque))
+                    variants.append(Candidate(place, tile, algorithm))
+        variants.sort(key=lambda variant: (math.ceil(variant.algorithm.waves), -variant.algorithm.waves))
+        return proposals + variants[:MOST_VARIANTS]
 
     def accepted(self, algorithm: Algorithm) -> Algorithm:
         """One with another tile, or that was proposed for another number of tokens, as this product needs it."""
         result = Algorithm()
-        _call("MatmulAlgoCheck", _handle(), *self._problem, _to(algorithm.algorithm), _to(result))
+        _call("MatmulAlgoCheck", _handle(), *self._problem, _to(algorithm.opaque), _to(result))
         if result.state != 0 or result.workspace_bytes > MOST_WORKSPACE:
-            raise _Failure("it needs too much memory")
-        result.algorithm = algorithm.algorithm
+            raise _Failure("it is not supported, or needs too much memory")
+        result.opaque = algorithm.opaque
         return result
 
     def run(self, algorithm: Algorithm, x: Tensor, weight: Tensor, y: Tensor, add: bool = False) -> None:
@@ -146,17 +150,25 @@ class Product:
         one, kept = ctypes.c_float(1), ctypes.c_float(add)
         _call(
             "Matmul", _handle(), self._operation, _to(one), _at(weight), self._weight, _at(x), self._x, _to(kept),
-            _at(y), self._y, _at(y), self._y, _to(algorithm.algorithm), _at(workspace),
+            _at(y), self._y, _at(y), self._y, _to(algorithm.opaque), _at(workspace),
             ctypes.c_size_t(algorithm.workspace_bytes), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
         )  # fmt: skip
+
+
+def are_full(waves: float) -> bool:
+    """Whether so many waves of blocks keep the multiprocessors busy."""
+    return 0 < waves <= MOST_WAVES and waves >= FULL * math.ceil(waves)
 
 
 def tiles_of(algorithm: Algorithm) -> list[int]:
     """The numbers of the tiles that it is documented to come with; a product may refuse them nevertheless."""
     size, attribute = ctypes.c_size_t(), ctypes.c_int(ALGO_CAP_TILE_IDS)
-    _call("MatmulAlgoCapGetAttribute", _to(algorithm.algorithm), attribute, None, ctypes.c_size_t(0), _to(size))
-    tiles = (ctypes.c_int * (size.value // ctypes.sizeof(ctypes.c_int)))()
-    _call("MatmulAlgoCapGetAttribute", _to(algorithm.algorithm), attribute, tiles, size, _to(size))
+    try:
+        _call("MatmulAlgoCapGetAttribute", _to(algorithm.opaque), attribute, None, ctypes.c_size_t(0), _to(size))
+        tiles = (ctypes.c_int * (size.value // ctypes.sizeof(ctypes.c_int)))()
+        _call("MatmulAlgoCapGetAttribute", _to(algorithm.opaque), attribute, tiles, size, _to(size))
+    except _Failure:  # it does not tell
+        return []
     return [tile for tile in tiles if tile > 0]
 
 
@@ -164,7 +176,7 @@ def with_tile(algorithm: Algorithm, tile: int) -> Algorithm:
     other = Algorithm.from_buffer_copy(algorithm)
     number = ctypes.c_uint32(tile)
     size = ctypes.c_size_t(ctypes.sizeof(number))
-    _call("MatmulAlgoConfigSetAttribute", _to(other.algorithm), ctypes.c_int(ALGO_CONFIG_TILE_ID), _to(number), size)
+    _call("MatmulAlgoConfigSetAttribute", _to(other.opaque), ctypes.c_int(ALGO_CONFIG_TILE_ID), _to(number), size)
     return other
 
 
@@ -208,7 +220,10 @@ def _choose(x: Tensor, weight: Tensor) -> _Chosen | None:
         if key not in _fastest:
             _fastest[key] = _fastest_algorithm(tokens, weight)
         product = Product(x.shape[0], k, n, x.dtype)
-        return _Chosen(product, product.accepted(_fastest[key]))
+        try:
+            return _Chosen(product, product.accepted(_fastest[key]))
+        except _Failure:  # not for fewer tokens than were measured
+            return _Chosen(product, product.proposals()[0])
     except _Failure:
         return None
 
@@ -217,31 +232,29 @@ def _fastest_algorithm(tokens: int, weight: Tensor) -> Algorithm:
     """For x [tokens, K] @ weight [K, N]."""
     k, n = weight.shape
     product = Product(tokens, k, n, weight.dtype)
+    proposals = product.proposals()
     about = (
         torch.cuda.get_device_name(weight.device), _library().cublasLtGetVersion(), tokens, k, n, weight.dtype,
         MOST_WORKSPACE, MOST_WAVES, FULL, MOST_VARIANTS,
     )  # fmt: skip
     name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
-    proposals = product.proposals()
-    if not proposals:
-        raise _Failure("it proposes nothing")
 
-    def known(content: bytes) -> tuple[int, int] | None:
-        """Place and tile of what is kept."""
-        words = content.split()
-        if len(words) != 2 or not all(word.isdigit() for word in words):
+    def algorithm_of(content: bytes) -> Algorithm | None:
+        """Of what is kept: place and tile; None if they mean nothing."""
+        if not (words := re.fullmatch(rb"(\d{1,3}) (\d{1,6})", content)):
             return None
-        place, tile = map(int, words)
+        place, tile = map(int, words.groups())
         if place >= len(proposals) or (tile and tile not in tiles_of(proposals[place])):
             return None
-        return place, tile
+        with suppress(_Failure):
+            return product.accepted(with_tile(proposals[place], tile) if tile else proposals[place])
+        return None
 
     try:
-        kept = cached(name, lambda: _measured(product, weight, tokens), lambda content: known(content) is not None)
+        kept = cached(name, lambda: _measured(product, weight, tokens), lambda content: bool(algorithm_of(content)))
     except torch.OutOfMemoryError:  # nothing can be measured now
         return proposals[0]
-    place, tile = known(kept) or (0, 0)
-    return with_tile(proposals[place], tile) if tile else proposals[place]
+    return algorithm_of(kept) or proposals[0]
 
 
 def _measured(product: Product, weight: Tensor, tokens: int) -> bytes:
@@ -253,20 +266,19 @@ def _measured(product: Product, weight: Tensor, tokens: int) -> bytes:
     quickest = sorted(range(1, len(candidates)), key=lambda index: min(tried[index]))
     finalists = [first, *(candidates[index] for index in quickest[: FINALISTS - 1])]
     chosen = finalists[fastest(_times(product, finalists, x, weight, REPEATS))]
-    if chosen is not first and not _agree(product, first, chosen, x, weight):
+    if chosen is not first and not _is_right(product, chosen.algorithm, x, weight):
         chosen = first
     return b"%d %d" % (chosen.place, chosen.tile)
 
 
-def _agree(product: Product, first: Candidate, other: Candidate, x: Tensor, weight: Tensor) -> bool:
-    """Whether both give the same product but for its rounding."""
-    want, got = (torch.empty((x.shape[0], weight.shape[1]), dtype=x.dtype, device=x.device) for _ in range(2))
-    product.run(other.algorithm, x, weight, got)
-    try:
-        product.run(first.algorithm, x, weight, want)
-    except _Failure:  # nothing to compare with
-        return True
-    return bool((got.float() - want.float()).norm() <= SAME * want.float().norm())
+def _is_right(product: Product, algorithm: Algorithm, x: Tensor, weight: Tensor) -> bool:
+    """Whether it gives torch's product, but for its rounding."""
+    want = x @ weight
+    if not (size := torch.linalg.vector_norm(want, dtype=torch.float32)).isfinite():
+        raise _Failure("the weights are not finite")
+    got = torch.full_like(want, math.nan)
+    product.run(algorithm, x, weight, got)
+    return bool(torch.linalg.vector_norm(got.sub_(want), dtype=torch.float32) <= SAME * size)
 
 
 def _times(
