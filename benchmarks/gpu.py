@@ -72,7 +72,6 @@ PUBLISHED_TOLERANCE = 1e-2  # of the published kernel, which adds its partial su
 # Of whole steps: times as far from float32 as the reference is in the model's dtype. Where inputs are dropped, rounding
 # decides about those at their thresholds, and so about a tenth of the result.
 CLOSE = 1.5
-PUBLISHED_BLOCK_TOLERANCE = 0.2  # of what a block of the published decode loop adds, in the mean
 PUBLISHED_LEVELS = (0.4, 0.5)  # of the published decode loop, which compiles anew for each
 COPIES_BYTES = 1.2e9
 PREFILL_TOKENS = (96, 128, 192, 256, 320, 384, 448, 512, 768, 1024, 1536, 2048)
@@ -539,7 +538,8 @@ def check_step(engine: DecoderModel, level: float) -> dict[str, float]:
     choice of the next; exits if they are not right. Returns relative errors.
 
     A step may be CLOSE times as far from the reference in float32 as the reference in the engine's dtype is ("step" and
-    "reference", means over random inputs). "logits" is of the norm and LM head, both dense and sparse.
+    "reference", means over random inputs), both on row-major weights, and a dense one no farther than TOLERANCE.
+    "logits" is the largest error of the norm and LM head, dense and sparse, after the same step.
     """
     from teal.engine.cache import BlockCache, KVCache
     from teal.engine.decode_step import TokenPosition, reference_decode_step
@@ -548,13 +548,15 @@ def check_step(engine: DecoderModel, level: float) -> dict[str, float]:
     step, device = engine.decode_step, engine.device
     assert isinstance(step, CudaDecodeStep)
     blocks = engine.blocks[:2]
-    wide_blocks = [in_float32(block, engine.config) for block in blocks]
-    part: Any = types.SimpleNamespace(
+    wide_blocks, plain_blocks = (
+        [on_row_major(block, engine.config, dtype) for block in blocks] for dtype in (torch.float32, engine.dtype)
+    )
+    short_engine: Any = types.SimpleNamespace(
         blocks=blocks, embed_tokens=engine.embed_tokens, cos=engine.cos, sin=engine.sin, norm=engine.norm,
         lm_head=engine.lm_head,
     )  # fmt: skip
     *caches, other_token = (KVCache(engine.new_cache(1, 512).blocks[:2], 512) for _ in range(3))
-    wide_cache = KVCache(tuple(BlockCache(*(part.float() for part in each)) for each in caches[0].blocks), 512)
+    wide_cache = KVCache(tuple(BlockCache(*(tensor.float() for tensor in each)) for each in caches[0].blocks), 512)
     for each in zip(*(cache.blocks for cache in (*caches, other_token, wide_cache)), strict=True):
         for first, *others in zip(*each, strict=True):
             first.normal_()
@@ -571,38 +573,44 @@ def check_step(engine: DecoderModel, level: float) -> dict[str, float]:
                 wide_blocks, hidden.float(), wide_cache, TokenPosition(at, cos.float(), sin.float())
             )
             errors["step"].append(relative_error(step(blocks, hidden, caches[0], where), want))
-            errors["reference"].append(relative_error(reference_decode_step(blocks, hidden, caches[1], where), want))
+            plain = reference_decode_step(plain_blocks, hidden, caches[1], where)
+            errors["reference"].append(relative_error(plain, want))
         for head in (0.0, 0.5):
             engine.lm_head.set_sparsity(head)
             want = engine.lm_head.decode(engine.norm(step(blocks, engine.embed_tokens(token), other_token, where)))
-            logits = step.logits(part, token, at, other_token)
+            logits = step.logits(short_engine, token, at, other_token)
             if logits is None or cuda_greedy.choose(logits, token.clone(), -1).item() != logits.argmax():
                 sys.exit("gpu.py: the CUDA step does not end in the most likely token")
             errors["logits"].append(relative_error(logits, want))
     engine.lm_head.set_sparsity(0.0)
-    result = {name: statistics.mean(values) for name, values in errors.items()}
+    result = {name: statistics.mean(errors[name]) for name in ("step", "reference")} | {"logits": max(errors["logits"])}
     check("a decode step", level, result["step"], CLOSE * result["reference"])
-    check("the logits of a decode step", level, max(errors["logits"]), TOLERANCE[engine.dtype])
+    if level == 0:
+        check("a decode step", level, result["step"], TOLERANCE[engine.dtype])
+    check("the logits of a decode step", level, result["logits"], TOLERANCE[engine.dtype])
     return result
 
 
-def in_float32(block: DecoderBlock, config: EngineConfig) -> DecoderBlock:
-    """With the same weights and thresholds."""
+@torch.inference_mode(False)
+@torch.no_grad()
+def on_row_major(block: DecoderBlock, config: EngineConfig, dtype: torch.dtype) -> DecoderBlock:
+    """With the same thresholds and, in `dtype`, weights."""
 
     def take(name: str, shape: tuple[int, ...]) -> Tensor:
         module, _, attribute = name.rpartition(".")
-        return getattr(block.get_submodule(module), attribute).float()
+        return getattr(block.get_submodule(module), attribute).float()  # CUDA kernels have no float32
 
-    wide = DecoderBlock(config, block.self_attn.window, take)
-    for its, mine in zip(wide.projections, block.projections, strict=True):
+    other = DecoderBlock(config, block.self_attn.window, take).to(dtype)
+    for its, mine in zip(other.projections, block.projections, strict=True):
         its.set_threshold(mine.threshold)
-    return wide
+    return other
 
 
 class GptFast:
     """gpt-fast's model and decode loop, compiled as its generate.py does it: random weights, after a random prompt."""
 
     sparsity = 0.0
+    tolerance = 0.03  # of what a compiled step writes to the second block's cache
     errors: dict[str, float] | None = None  # as far as they are known
 
     def __init__(self, checkout: Path, name: str, dtype: torch.dtype, context: int) -> None:
@@ -648,13 +656,23 @@ class GptFast:
             return token
 
         steps(3)
-        self.check_choice(int(steps(1)))
+        self._check(int(steps(1)))
         return STEPS / elapsed(lambda: steps(STEPS)) * 1e6
 
-    def check_choice(self, token: int) -> None:
-        """Whether the compiled step chose what the model does eagerly, or nearly so; a random logit is about 0."""
+    def _check(self, choice: int) -> None:
+        """The compiled step against the same done eagerly, by its choice and what it left in the first caches."""
+
+        def written() -> list[Tensor]:
+            caches = [layer.attention.kv_cache for layer in self.model.layers[:2]]
+            return [
+                values[:, :, self._context].clone() for cache in caches for values in (cache.k_cache, cache.v_cache)
+            ]
+
+        compiled = written()
         (logits,) = self.logits(self.model, [7])
-        if not logits[token] >= 0.9 * logits.max():
+        error = max(map(relative_error, compiled, written()))
+        check(f"{type(self).__name__}, compiled", self.sparsity, error, self.tolerance)
+        if self.sparsity == 0 and not logits[choice] >= 0.9 * logits.max():  # a random one is about 0
             sys.exit("gpu.py: gpt-fast, compiled, chooses another token than it does eagerly")
 
     @torch.no_grad()
@@ -671,7 +689,10 @@ class Published(GptFast):
     """The published decode loop: gpt-fast's, with the published kernels for the projections of its blocks.
 
     Thresholds are quantiles of the dense model's inputs at eight tokens after the prompt; `sparsity` is of eight more.
+    Its choices are not checked: where inputs are dropped, rounding decides about every logit of a whole random model.
     """
+
+    tolerance = 0.4  # fusion alone flips masks for 0.18
 
     def __init__(self, checkout: Path, name: str, dtype: torch.dtype, context: int, level: float) -> None:
         kernels = published_kernels(checkout)
@@ -717,10 +738,7 @@ class Published(GptFast):
             side: statistics.mean(map(relative_error, outputs, want))
             for side, outputs in (("kernels", got), ("reference", reference))
         }
-        check("published decode loop", level, self.errors["kernels"], PUBLISHED_BLOCK_TOLERANCE)
-
-    def check_choice(self, token: int) -> None:
-        """Not: where inputs are dropped, rounding decides about every logit of a whole random model."""
+        check("a block of the published decode loop", level, self.errors["kernels"], CLOSE * self.errors["reference"])
 
     def inputs_of_layers(self) -> list[Any]:
         """Of the first token after the prompt."""
