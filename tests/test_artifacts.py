@@ -287,42 +287,47 @@ class TestCache:
         return tmp_path / "cache"
 
     def test_makes_once(self, folder: Path) -> None:
-        assert cached("a", lambda: b"one") == b"one"
-        assert cached("a", lambda: b"two") == b"one"
-        assert cached("b", lambda: b"two") == b"two"
-        assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+        assert cached("kind", "a", lambda: b"one") == b"one"
+        assert cached("kind", "a", lambda: b"two") == b"one"
+        assert cached("kind", "b", lambda: b"two") == b"two"
+        assert cached("other", "a", lambda: b"three") == b"three"
+        assert sorted(path.suffix for path in folder.iterdir()) == [".kind", ".kind", ".other"]
 
     def test_what_is_not_valid_is_made_anew(self, folder: Path) -> None:
-        cached("a", lambda: b"one")
-        assert cached("a", lambda: b"two", lambda content: content != b"one") == b"two"
-        assert (folder / "a").read_bytes() == b"two"
-        (folder / "a").write_bytes(b"")
-        assert cached("a", lambda: b"three") == b"three"
+        cached("kind", "a", lambda: b"one")
+        assert cached("kind", "a", lambda: b"two", lambda content: content != b"one") == b"two"
+        (path,) = folder.iterdir()
+        assert path.read_bytes() == b"two"
+        path.write_bytes(b"")
+        assert cached("kind", "a", lambda: b"three") == b"three"
 
     def test_the_first_of_two_processes_decides(self, folder: Path) -> None:
         def make() -> bytes:
-            cached("a", lambda: b"another's")
+            cached("kind", "a", lambda: b"another's")
             return b"own"
 
-        assert cached("a", make) == b"another's"
-        assert (folder / "a").read_bytes() == b"another's"
+        assert cached("kind", "a", make) == b"another's"
+        assert [path.read_bytes() for path in folder.iterdir()] == [b"another's"]
 
     def test_what_cannot_be_kept_is_made(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.write_text("a file")
-        assert cached("a", lambda: b"one") == b"one"
+        assert cached("kind", "a", lambda: b"one") == b"one"
         monkeypatch.setenv("TEAL_CACHE", "")
         monkeypatch.setattr(Path, "home", raising_no_home)
-        assert cached("a", lambda: b"two") == b"two"
+        assert cached("kind", "a", lambda: b"two") == b"two"
         monkeypatch.setenv("TEAL_CACHE", str(folder.parent))
         folder.unlink()
-        folder.mkdir()
-        assert cached("cache", lambda: b"three") == b"three", "a folder in the file's place"
+        cached("kind", "a", lambda: b"")
+        (path,) = folder.parent.glob("*.kind")
+        path.unlink()
+        path.mkdir()
+        assert cached("kind", "a", lambda: b"three") == b"three", "a folder in the file's place"
 
     def test_is_in_the_home_without_a_setting(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TEAL_CACHE")
         monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-        cached("a", lambda: b"one")
-        assert (tmp_path / "home" / ".cache" / "teal" / "a").read_bytes() == b"one"
+        cached("kind", "a", lambda: b"one")
+        assert [path.read_bytes() for path in (tmp_path / "home" / ".cache" / "teal").iterdir()] == [b"one"]
 
 
 def raising_no_home() -> Path:

@@ -1,5 +1,6 @@
 """Files that cross stages: a format name, a version, atomic writes, no pickle."""
 
+import hashlib
 import json
 import os
 import platform
@@ -46,10 +47,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             rmtree(own, ignore_errors=True)
 
 
-def cached(name: str, make: Callable[[], bytes], valid: Callable[[bytes], bool] = bool) -> bytes:
+def cached(kind: str, about: object, make: Callable[[], bytes], valid: Callable[[bytes], bool] = bool) -> bytes:
     """What `make` returned when it was first asked, on this machine: a file of TEAL_CACHE (default ~/.cache/teal).
 
-    Content that is not `valid` is made anew. A cache that cannot be read or written only costs time.
+    It is found again by its kind and `about`, whose repr() tells all that it depends on. Content that is not `valid` is
+    made anew. A cache that cannot be read or written only costs time.
     """
 
     def kept() -> bytes | None:
@@ -58,7 +60,7 @@ def cached(name: str, make: Callable[[], bytes], valid: Callable[[bytes], bool] 
             return content if valid(content) else None
         return None
 
-    folder = os.environ.get("TEAL_CACHE")
+    folder, name = os.environ.get("TEAL_CACHE"), f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.{kind}"
     try:
         path = (Path(folder) if folder else Path.home() / ".cache" / "teal") / name
     except RuntimeError:  # no home

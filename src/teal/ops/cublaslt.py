@@ -9,7 +9,6 @@ The library is that of torch's version of CUDA; its C interface: https://docs.nv
 """
 
 import ctypes
-import hashlib
 import math
 import re
 import statistics
@@ -237,7 +236,6 @@ def _fastest_algorithm(tokens: int, weight: Tensor) -> Algorithm:
         torch.cuda.get_device_name(weight.device), _library().cublasLtGetVersion(), tokens, k, n, weight.dtype,
         MOST_WORKSPACE, MOST_WAVES, FULL, MOST_VARIANTS,
     )  # fmt: skip
-    name = f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.gemm"
 
     def algorithm_of(content: bytes) -> Algorithm | None:
         """Of what is kept: place and tile; None if they mean nothing."""
@@ -251,7 +249,7 @@ def _fastest_algorithm(tokens: int, weight: Tensor) -> Algorithm:
         return None
 
     try:
-        kept = cached(name, lambda: _measured(product, weight, tokens), lambda content: bool(algorithm_of(content)))
+        kept = cached("gemm", about, lambda: _measured(product, weight, tokens), lambda it: bool(algorithm_of(it)))
     except torch.OutOfMemoryError:  # nothing can be measured now
         return proposals[0]
     return algorithm_of(kept) or proposals[0]

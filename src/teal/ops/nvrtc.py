@@ -4,7 +4,6 @@ Needs no compiler on the user's machine: `cuda-bindings`, which CUDA builds of t
 """
 
 import ctypes
-import hashlib
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -157,7 +156,7 @@ def _cubin(text: str, options: list[str]) -> bytes:
         finally:
             nvrtc.nvrtcDestroyProgram(program)
 
-    return cached(f"{hashlib.sha256(repr((text, options, version)).encode()).hexdigest()[:32]}.cubin", compiled)
+    return cached("cubin", (text, options, version), compiled)
 
 
 def _check(result: tuple[Any, ...]) -> Any:
