@@ -230,18 +230,23 @@ def output_path(arguments: argparse.Namespace, default: str, in_place: Collectio
     """Where the result goes; fails early if it exists, cannot be written, or is read by the command, unless by one of
     the options `in_place`.
     """
+    path = arguments.output or work_directory(arguments.model) / default
+    claim(arguments, path)
+    for name in _inputs(arguments, in_place):
+        if _is_same(path, name) or (path.name not in (STATISTICS, PLAN) and _is_read_in(path, name)):
+            raise UsageError(f"the output {path} would overwrite what this command reads; name another --output")
+    return path
+
+
+def claim(arguments: argparse.Namespace, path: Path) -> None:
+    """Refuse a file of the result that cannot be written, that --json would overwrite, or that exists."""
     from teal.artifacts import check_writable
 
-    path = arguments.output or work_directory(arguments.model) / default
     check_writable(path)
     if arguments.json not in (None, "-") and _is_same(Path(arguments.json), path):
         raise UsageError(f"--json would overwrite the output {path}; name another file")
     if path.exists() and not arguments.overwrite:
         raise TealError(f"{path} exists; name another --output or pass --overwrite")
-    for name in _inputs(arguments, in_place):
-        if _is_same(path, name) or (path.name not in (STATISTICS, PLAN) and _is_read_in(path, name)):
-            raise UsageError(f"the output {path} would overwrite what this command reads; name another --output")
-    return path
 
 
 def spool_directory(output: Path) -> Path:

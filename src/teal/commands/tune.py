@@ -166,18 +166,13 @@ def _held_out_text(
 
 def _output(arguments: argparse.Namespace) -> Path:
     """The directory of the result; fails early if it holds one or cannot be written."""
-    from teal.artifacts import check_writable
     from teal.sparse_model import PLAN_FILE, SETTINGS_FILE
 
     output = arguments.output or common.work_directory(arguments.model) / common.TUNED
-    for name in (PLAN_FILE, SETTINGS_FILE, TUNING):
-        check_writable(output / name)
-        if arguments.json not in (None, "-") and Path(arguments.json).resolve() == (output / name).resolve():
-            raise UsageError(f"--json would overwrite the output {output / name}; name another file")
-        if any(Path(plan).resolve() in ((output / name).resolve(), output.resolve()) for plan in arguments.plan or ()):
+    for path in (output / PLAN_FILE, output / SETTINGS_FILE, output / TUNING):
+        if any(Path(plan).resolve() in (path.resolve(), output.resolve()) for plan in arguments.plan or ()):
             raise UsageError(f"the output {output} holds a plan that this command reads; name another --output")
-        if (output / name).exists() and not arguments.overwrite:
-            raise TealError(f"{output / name} exists; name another --output or pass --overwrite")
+        common.claim(arguments, path)
     return output
 
 
