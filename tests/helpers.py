@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from teal.blockwalk import BlockSource
-from teal.ops.reference import drop_small
-from teal.plan import DENSE, ProjectionPlan, SparsityPlan
+from teal.ops.reference import KEEP_ALL, drop_small
+from teal.plan import ProjectionPlan, SparsityPlan
 from teal.shapes import shape_config
 from teal.structure import ModelIdentity, ModelStructure, Projection, identify
 
@@ -134,7 +134,7 @@ def tiny_plan(model: nn.Module, levels: tuple[float, ...] = LEVELS, seed: int = 
     blocks: list[dict[str, ProjectionPlan]] = [{} for _ in structure.blocks]
     for index, projection in structure.projections():
         values = inputs[structure.module_name(index, projection)]
-        thresholds = tuple(float(values.quantile(level)) if level else DENSE for level in levels)
+        thresholds = tuple(float(values.quantile(level)) if level else KEEP_ALL for level in levels)
         blocks[index][projection.name] = ProjectionPlan(levels, thresholds)
     return SparsityPlan(identify(model, structure), "uniform", levels, tuple(blocks))
 
@@ -147,7 +147,7 @@ def random_plan(
 
     def plan(n: int, k: int) -> ProjectionPlan:
         rising = torch.rand(len(levels), generator=generator).cumsum(0).tolist()
-        thresholds = tuple(value if level else DENSE for level, value in zip(levels, rising, strict=True))
+        thresholds = tuple(value if level else KEEP_ALL for level, value in zip(levels, rising, strict=True))
         if not vectors:
             return ProjectionPlan(levels, thresholds)
         channels = torch.tensor(thresholds)[:, None] / (torch.rand(k, generator=generator) + 0.5)

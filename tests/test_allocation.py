@@ -18,8 +18,8 @@ from teal.blockwise_allocation import BlockError, GreedyConfig, greedy_trajector
 from teal.calibration import calibrate
 from teal.data import TokenBlocks, hash_tokens
 from teal.errors import TealError, UsageError
-from teal.ops.reference import drop_small
-from teal.plan import DENSE, level_grid
+from teal.ops.reference import KEEP_ALL, drop_small
+from teal.plan import level_grid
 from teal.scores import magnitude_thresholds
 from teal.statistics import ActivationStatistics, InputStatistics
 from teal.structure import INPUT_OF_PROJECTION, ModelStructure, Projection
@@ -67,7 +67,7 @@ class TestUniform:
             for name, projection in block.items():
                 inputs = entry[INPUT_OF_PROJECTION[leaf(name)]]
                 assert projection.sparsity == LEVELS
-                assert projection.threshold == (DENSE, *(inputs.threshold(level) for level in LEVELS[1:]))
+                assert projection.threshold == (KEEP_ALL, *(inputs.threshold(level) for level in LEVELS[1:]))
         assert [plan.expected_sparsity(level) for level in LEVELS] == pytest.approx(LEVELS)
 
     def test_the_default_grid(self) -> None:

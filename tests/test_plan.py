@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teal.errors import TealError
-from teal.plan import DENSE, DROP_ALL, ProjectionPlan, SparsityPlan, check_level, drops_all, level_grid
+from teal.ops.reference import KEEP_ALL
+from teal.plan import DROP_ALL, ProjectionPlan, SparsityPlan, check_level, drops_all, level_grid
 from teal.structure import ModelIdentity
 
 SHAPES = {
@@ -46,12 +47,12 @@ class TestLevels:
 
 
 class TestSettings:
-    PLAN = plan_of((0.0, 0.5, 0.75), sparsity=(0.0, 0.4, 0.8), threshold=(DENSE, 0.2, 0.6))
+    PLAN = plan_of((0.0, 0.5, 0.75), sparsity=(0.0, 0.4, 0.8), threshold=(KEEP_ALL, 0.2, 0.6))
 
     @pytest.mark.parametrize(
         ("level", "sparsity", "threshold"),
         [
-            pytest.param(0, 0.0, DENSE, id="dense"),
+            pytest.param(0, 0.0, KEEP_ALL, id="dense"),
             pytest.param(0.25, 0.2, 0.1, id="from-dense-the-threshold-rises-from-zero"),
             pytest.param(0.5, 0.4, 0.2, id="on-the-grid"),
             pytest.param(0.625, 0.6, 0.4, id="between"),
@@ -83,11 +84,11 @@ class TestSettings:
         plan = plan_of((0.25, 0.5), sparsity=(0.2, 0.4), threshold=(0.1, 0.2))
         with pytest.raises(TealError, match=rf"covers sparsity 0.25 to 0.5, got {level}"):
             plan.settings(level)
-        assert one(plan, 0).threshold == DENSE
+        assert one(plan, 0).threshold == KEEP_ALL
 
     def test_a_threshold_per_channel(self) -> None:
         identity = ModelIdentity("tiny", ({name: (2, 3) for name in SHAPES},))
-        threshold = torch.tensor([[DENSE, DENSE, 0.2], [0.5, DENSE, 0.6]])
+        threshold = torch.tensor([[KEEP_ALL, KEEP_ALL, 0.2], [0.5, KEEP_ALL, 0.6]])
         compensation = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
         projection = ProjectionPlan((0.0, 0.5), threshold, compensation)
         plan = SparsityPlan(identity, "weighted", (0.0, 0.5), ({name: projection for name in SHAPES},))
@@ -95,16 +96,16 @@ class TestSettings:
         assert torch.equal(setting.threshold, threshold[1])
         assert setting.compensation.tolist() == [1.0, 2.0]
         dense = plan.settings(0)[0]["mlp.down_proj"]
-        assert dense.threshold.tolist() == [DENSE] * 3  # of one shape at every level
+        assert dense.threshold.tolist() == [KEEP_ALL] * 3  # of one shape at every level
         assert dense.compensation.tolist() == [0.0, 0.0]
         between = plan.settings(0.25)[0]["mlp.down_proj"]
-        assert between.threshold.tolist() == pytest.approx([0.25, DENSE, 0.4])  # the first rises from 0
+        assert between.threshold.tolist() == pytest.approx([0.25, KEEP_ALL, 0.4])  # the first rises from 0
         assert between.compensation.tolist() == [0.5, 1.0]
 
     @pytest.mark.parametrize("level", [0.1 + 2e-9, 0.3, 0.5 - 2e-9, 0.5])
     def test_what_drops_all_at_a_level_does_so_on_the_way_there(self, level: float) -> None:
         identity = ModelIdentity("tiny", ({name: (2, 4) for name in SHAPES},))
-        threshold = torch.tensor([[DENSE, 0.5, DROP_ALL, 1.0], [DROP_ALL, DROP_ALL, DROP_ALL, 1e6]])
+        threshold = torch.tensor([[KEEP_ALL, 0.5, DROP_ALL, 1.0], [DROP_ALL, DROP_ALL, DROP_ALL, 1e6]])
         projection = ProjectionPlan((0.1, 0.5), threshold)
         plan = SparsityPlan(identity, "weighted", (0.1, 0.5), ({name: projection for name in SHAPES},))
         setting = plan.settings(level)[0]["mlp.down_proj"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from teal.errors import TealError
-from teal.plan import DENSE, SparsityPlan
+from teal.ops.reference import KEEP_ALL
+from teal.plan import SparsityPlan
 from teal.published import HIGHEST, Histogram, import_published
 from teal.sparse_model import sparsify
 from teal.structure import ModelStructure
@@ -112,7 +113,7 @@ class TestImport:
         ):  # fmt: skip
             counts, centers = files[part][key], files[part][f"{key}_centers"]
             expected = [published_icdf(counts, centers, 0.5 + level / 2) for level in self.LEVELS]
-            assert plan.blocks[1][name].threshold == pytest.approx((DENSE, *expected), abs=1e-5)
+            assert plan.blocks[1][name].threshold == pytest.approx((KEEP_ALL, *expected), abs=1e-5)
         assert list(implied) == list(plan.levels)
         assert implied[0.0] == 0
         assert implied[0.5] == pytest.approx(0.5, abs=0.05)

@@ -13,7 +13,8 @@ from torch import nn
 
 from teal.errors import TealError
 from teal.linear import sparse_layers
-from teal.plan import DENSE, SparsityPlan
+from teal.ops.reference import KEEP_ALL
+from teal.plan import SparsityPlan
 from teal.sparse_model import PLAN_FILE, SETTINGS_FILE, load, plan_of, save, set_sparsity, sparsify
 from teal.structure import identify
 
@@ -77,7 +78,7 @@ class TestSparsify:
 
     def test_zero_is_dense(self, plan: SparsityPlan) -> None:
         model = sparsify(tiny_model(), plan, 0)
-        assert set(thresholds(model)) == {DENSE}
+        assert set(thresholds(model)) == {KEEP_ALL}
         torch.testing.assert_close(decode_logits(model, IDS), decode_logits(tiny_model(), IDS))
 
 

@@ -16,8 +16,9 @@ from teal.engine.model import DecoderModel
 from teal.errors import TealError, UsageError
 from teal.linear import always_dense, observing, sparse_layers
 from teal.ops import native, reference
+from teal.ops.reference import KEEP_ALL
 from teal.ops.sparse_gemv import sparse_gemv
-from teal.plan import DENSE, ProjectionPlan, SparsityPlan
+from teal.plan import ProjectionPlan, SparsityPlan
 from teal.progress import track
 from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
@@ -182,7 +183,7 @@ def plan_of_activations(engine: DecoderModel, prompt_ids: Sequence[int], tokens:
     blocks: list[dict[str, ProjectionPlan]] = [{} for _ in structure.blocks]
     for index, projection in structure.projections():
         values = torch.cat(seen[structure.module_name(index, projection)]).sort().values
-        thresholds = (DENSE, *(float(values[int(level * len(values)) - 1]) for level in levels[1:]))
+        thresholds = (KEEP_ALL, *(float(values[int(level * len(values)) - 1]) for level in levels[1:]))
         blocks[index][projection.name] = ProjectionPlan(levels, thresholds)
     return SparsityPlan(identify(engine, structure), "uniform", levels, tuple(blocks))
 

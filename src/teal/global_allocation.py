@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teal.blockwalk import Spool
 from teal.errors import UsageError
+from teal.ops.reference import KEEP_ALL
 from teal.scores import Thresholds
 from teal.sensitivity import (
     Dropping,
@@ -147,7 +148,7 @@ class _ChannelOptions:
     def choice(self, price: float) -> Choice:
         bins = self._bins(price)
         return Choice(
-            at_bins(self.entry.thresholds(), bins, -1.0),
+            at_bins(self.entry.thresholds(), bins, KEEP_ALL),
             min(1.0, float(at_bins(self.dropped, bins, 0.0).mean())),
             at_bins(self.entry.shift(), bins, 0.0) if self.compensate else torch.zeros_like(self.entry.scale),
         )

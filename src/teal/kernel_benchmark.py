@@ -17,6 +17,7 @@ from teal.errors import TealError
 from teal.ops import native, reference
 from teal.ops.cpu import TiledWeight
 from teal.ops.packed import PackedWeight
+from teal.ops.reference import KEEP_ALL
 from teal.ops.sparse_gemv import pack
 from teal.progress import track
 from teal.structure import ModelStructure
@@ -148,7 +149,7 @@ class _Case:
         self.x = torch.randn(1, k, generator=generator).to(dtype)
         ordered = self.x.abs().float().flatten().sort().values
         self.thresholds = {
-            level: torch.tensor(-1.0) if level == 0 else ordered[max(0, int(level * k) - 1)] for level in levels
+            level: torch.tensor(KEEP_ALL) if level == 0 else ordered[max(0, int(level * k) - 1)] for level in levels
         }
         self.kept = {level: int(reference.keep_mask(self.x, value).sum()) for level, value in self.thresholds.items()}
 

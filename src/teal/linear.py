@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teal.errors import TealError
 from teal.ops.layouts import LAYOUTS, restore
 from teal.ops.packed import PackedWeight
-from teal.ops.reference import first_sparse_token
+from teal.ops.reference import KEEP_ALL, first_sparse_token
 from teal.ops.sparse_gemv import pack, sparse_gemv, sparse_linear
 
 
@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
     def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32), persistent=False)
+        self.register_buffer("threshold", torch.full((), KEEP_ALL, dtype=torch.float32), persistent=False)
         self.register_buffer("sparse_bias", None, persistent=False)
         self.dense_tokens = -1
         self.observer: Callable[[Tensor], None] | None = None  # called with the inputs of sparse tokens
@@ -128,7 +128,7 @@ class SparseLinear(nn.Module):
         for name, tensor in zip(self._storage_names, self.packed.after_cast().storage, strict=True):
             getattr(self, name).data = tensor.data
         # By value: a cast would move thresholds across activations, `to_empty` would leave garbage.
-        self.threshold = _moved(threshold, self.threshold.device, torch.float32, -1.0)
+        self.threshold = _moved(threshold, self.threshold.device, torch.float32, KEEP_ALL)
         if sparse_bias is not None and self.sparse_bias is not None:
             self.sparse_bias = _moved(sparse_bias, self.sparse_bias.device, self.sparse_bias.dtype, 0.0)
         return self
@@ -171,7 +171,7 @@ class SparseHead(SparseLinear):
         if not 0 <= sparsity < 1:
             raise TealError(f"the sparsity of the LM head must be at least 0 and below 1, got {sparsity}")
         self.sparsity = sparsity
-        self.set_threshold(0.0 if sparsity else -1.0)  # what was set to zero is not read
+        self.set_threshold(0.0 if sparsity else KEEP_ALL)  # what was set to zero is not read
 
     @property
     def dropped_inputs(self) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from teal.artifacts import check_header, check_keys, read_json, read_tensors, write_json, write_tensors
 from teal.errors import TealError
+from teal.ops.reference import KEEP_ALL
 from teal.structure import ModelIdentity
 
 FORMAT = "teal.plan"
 VERSION = 1
-DENSE = -1.0  # a threshold that keeps everything
-DROP_ALL = torch.finfo(torch.float32).max  # one that drops everything; finite, so that plans can interpolate
+DROP_ALL = torch.finfo(torch.float32).max  # a threshold that drops everything; finite, so that plans can interpolate
 SAME_LEVEL = 1e-9  # levels no further apart are one
 
 
@@ -43,7 +43,7 @@ class ProjectionPlan:
     """One projection at every level of the plan's grid.
 
     `sparsity[l]` is the share of its inputs expected to be dropped, `threshold[l]` the largest |x| dropped: a number
-    for each level, or [levels, K] in float32 where channels have thresholds of their own; DENSE keeps everything,
+    for each level, or [levels, K] in float32 where channels have thresholds of their own; KEEP_ALL keeps everything,
     DROP_ALL nothing. `compensation` [levels, N] (added on sparse tokens) is float32 or None.
     """
 
@@ -251,5 +251,5 @@ def _interpolate(plan: ProjectionPlan, below: int, above: int, weight: float) ->
 def _dense(plan: ProjectionPlan) -> Setting:
     """Of the shapes that other levels have, so that captured graphs hold."""
     compensation = None if plan.compensation is None else torch.zeros_like(plan.compensation[0])
-    threshold = torch.full_like(plan.threshold[0], DENSE) if isinstance(plan.threshold, Tensor) else DENSE
+    threshold = torch.full_like(plan.threshold[0], KEEP_ALL) if isinstance(plan.threshold, Tensor) else KEEP_ALL
     return Setting(0.0, threshold, compensation)

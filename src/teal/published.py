@@ -18,7 +18,8 @@ from torch import Tensor
 
 from teal.checkpoint import structure_from_config
 from teal.errors import TealError, reason_of
-from teal.plan import DENSE, ProjectionPlan, SparsityPlan, check_level, level_grid
+from teal.ops.reference import KEEP_ALL
+from teal.plan import ProjectionPlan, SparsityPlan, check_level, level_grid
 from teal.structure import INPUTS, ModelIdentity, ModelStructure, Projection
 
 SOURCE = "artifacts of https://github.com/FasterDecoding/TEAL (MIT license)"
@@ -109,7 +110,7 @@ def _project(
     if rows is not None and name not in rows[0]:
         raise TealError(f"the published lookups have no column for {projection.name}")
     nominal = torch.tensor([*levels] if rows is None else [row[name] for row in rows], dtype=torch.float64)
-    thresholds = torch.where(nominal > 0, histogram.quantiles(0.5 + nominal / 2), DENSE)
+    thresholds = torch.where(nominal > 0, histogram.quantiles(0.5 + nominal / 2), KEEP_ALL)
     plan = ProjectionPlan(tuple(nominal.clamp(max=HIGHEST).tolist()), tuple(thresholds.tolist()))
     return plan, histogram.share_within(thresholds)
 

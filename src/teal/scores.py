@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from teal.blockwalk import BlockSource, watch_inputs
+from teal.ops.reference import KEEP_ALL
 from teal.plan import DROP_ALL
 from teal.sensitivity import Sensitivities, Sensitivity, at_bins, cheapest_bins, find_price
 from teal.statistics import ActivationStatistics, InputStatistics
@@ -48,7 +49,7 @@ def norm_thresholds(
     def threshold(block: int, projection: str, sparsity: float) -> Tensor:
         norm, score = norms[block][projection], counted[block][projection].threshold(sparsity)
         if score < 0:
-            return torch.full_like(norm, -1.0)
+            return torch.full_like(norm, KEEP_ALL)
         return torch.where(norm > 0, score / norm, DROP_ALL).clamp_max(DROP_ALL)
 
     return threshold
@@ -65,7 +66,7 @@ def sensitivity_thresholds(sensitivities: Sensitivities, compensate: bool) -> Th
             return float(at_bins(dropped, cheapest_bins(cost, dropped, price), 0.0).mean())
 
         if sparsity <= 0:
-            return torch.full_like(entry.scale, -1.0)
-        return at_bins(entry.thresholds(), cheapest_bins(cost, dropped, find_price(saved, sparsity)), -1.0)
+            return torch.full_like(entry.scale, KEEP_ALL)
+        return at_bins(entry.thresholds(), cheapest_bins(cost, dropped, find_price(saved, sparsity)), KEEP_ALL)
 
     return threshold

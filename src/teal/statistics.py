@@ -10,6 +10,7 @@ from torch import Tensor
 
 from teal.artifacts import check_header, check_keys, read_tensors, write_tensors
 from teal.errors import TealError
+from teal.ops.reference import KEEP_ALL
 from teal.structure import INPUTS, ModelIdentity
 
 FORMAT = "teal.statistics"
@@ -52,13 +53,13 @@ class InputStatistics:
         self.tokens += x.shape[0]
 
     def threshold(self, sparsity: float) -> float:
-        """The upper edge of the smallest bin whose cumulative share reaches `sparsity`; -1 (dense) at 0.
+        """The upper edge of the smallest bin whose cumulative share reaches `sparsity`; KEEP_ALL at 0.
 
         Dropping |x| <= threshold drops at least that share of the counted values, and the fewest that do.
         Raises TealError if nothing was counted.
         """
         if sparsity <= 0:
-            return -1.0
+            return KEEP_ALL
         cumulative = self.counts.cumsum(0)
         total = int(cumulative[-1])
         if total == 0:

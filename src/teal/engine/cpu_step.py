@@ -15,8 +15,9 @@ from teal.linear import SparseLinear
 from teal.ops import native
 from teal.ops.cpu import TiledWeight
 from teal.ops.packed import MAX_SPARSE_ROWS
+from teal.ops.reference import KEEP_ALL
 
-_KEEP_ALL = torch.full((), -1.0, dtype=torch.float32)
+_KEEP_ALL = torch.full((), KEEP_ALL, dtype=torch.float32)
 _PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")  # of native.Block, in the block's order
 _Addresses = tuple[ctypes.Array[ctypes.c_void_p], ...]
 

@@ -22,6 +22,7 @@ from teal.ops.cuda_attention import AttentionKernel, Heads
 from teal.ops.cuda_projection import Operands, Projection
 from teal.ops.cuda_token import EmbedKernel, HeadInputsKernel
 from teal.ops.cuda_weight import CudaWeight
+from teal.ops.reference import KEEP_ALL
 
 if TYPE_CHECKING:
     from teal.engine.model import DecoderModel
@@ -70,7 +71,7 @@ class CudaDecodeStep:
             self._token = (buffer(1, dtype=torch.int64), buffer(config.head_dim), buffer(config.head_dim))
             self._hidden, self._middle = buffer(hidden), buffer(hidden)
             self._qkv, self._attended, self._gate_up = buffer(query + 2 * key), buffer(query), buffer(2 * inner)
-            self._keep_all = torch.full((), -1.0, dtype=torch.float32, device=device)
+            self._keep_all = torch.full((), KEEP_ALL, dtype=torch.float32, device=device)
             self._project_qkv = Projection(hidden, (query, key, key), dtype, kind="normalized")
             self._project_o = Projection(query, (hidden,), dtype)
             self._project_gate_up = Projection(hidden, (inner, inner), dtype, kind="normalized")

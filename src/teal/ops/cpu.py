@@ -21,7 +21,7 @@ from teal.ops.quantize import (
     quantize_groups,
     quantize_int8,
 )
-from teal.ops.reference import drop_small
+from teal.ops.reference import KEEP_ALL, drop_small
 
 RUN_BYTES = 4096  # what is read of a kept channel at a time: shorter runs lose bandwidth when channels are skipped
 MOST_OUTPUTS = 4096  # of a tile: the sums of more would leave the first-level cache
@@ -117,7 +117,7 @@ class TiledWeight(PackedWeight):
     def dense_gemm(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if 0 < rows.shape[0] <= LITTLE_ROWS and self._is_native:
-            keep_all = torch.full((), -1.0, dtype=torch.float32)
+            keep_all = torch.full((), KEEP_ALL, dtype=torch.float32)
             parts = [self.sparse_gemv(part, keep_all, bias) for part in rows.split(MAX_SPARSE_ROWS)]
             y = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KEEP_ALL = -1.0  # a threshold that keeps everything, as every negative one does
+
 
 def keep_mask(x: Tensor, threshold: Tensor) -> Tensor:
     """Which inputs are kept: `not (|x| <= threshold)`, so NaN is kept and propagates.
