@@ -4,6 +4,7 @@
     python benchmarks/gpu.py kernels --published CHECKOUT_OF_FasterDecoding/TEAL
     python benchmarks/gpu.py llama-2-7b --gpt-fast CHECKOUT_OF_gpt-fast --published CHECKOUT_OF_FasterDecoding/TEAL
     python benchmarks/gpu.py llama-3-8b --gpt-fast CHECKOUT_OF_gpt-fast
+    python benchmarks/gpu.py llama-3-8b --contexts 8128 --gpt-fast CHECKOUT_OF_gpt-fast
 
 Parts run in the order given; each takes a few minutes, and ratios are always of one part. Weights are random, in
 real shapes; thresholds are quantiles of the inputs that the random weights give at the context that is timed, so
@@ -15,8 +16,11 @@ what it should compute ends the run.
 
 import argparse
 import copy
+import datetime
+import importlib.metadata
 import importlib.util
 import statistics
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from teal.artifacts import write_json
+from teal.artifacts import check_writable, write_json
 from teal.benchmark import check_products, plan_of_activations
 from teal.engine.block import DecoderBlock
 from teal.engine.config import EngineConfig
@@ -46,7 +50,7 @@ from teal.shapes import random_engine
 from teal.sparse_model import set_sparsity, sparsify
 from teal.sparsity_meter import SparsityMeter
 
-KERNELS = {  # outputs N x inputs K
+KERNELS = {  # outputs N x inputs K, as the decode step puts them together
     "Llama-2-7B q, k, v": (12288, 4096),
     "Llama-2-7B gate, up": (11008, 4096),
     "Llama-2-7B down": (4096, 11008),
@@ -56,6 +60,18 @@ KERNELS = {  # outputs N x inputs K
     "Llama-3-8B down": (4096, 14336),
     "Llama-3-70B q, k, v": (10240, 8192),
     "Llama-3-70B o": (8192, 8192),
+    "Llama-3-70B gate, up": (28672, 8192),
+    "Llama-3-70B down": (8192, 28672),
+}
+PROJECTIONS = {  # each by itself, as prompts and several tokens at once are multiplied
+    "Llama-2-7B, 3-8B q, o": (4096, 4096),  # and k and v of the former
+    "Llama-2-7B gate, up": (11008, 4096),
+    "Llama-2-7B down": (4096, 11008),
+    "Llama-3-8B k, v": (1024, 4096),
+    "Llama-3-8B gate, up": (14336, 4096),
+    "Llama-3-8B down": (4096, 14336),
+    "Llama-3-70B q, o": (8192, 8192),
+    "Llama-3-70B k, v": (1024, 8192),
     "Llama-3-70B gate, up": (28672, 8192),
     "Llama-3-70B down": (8192, 28672),
 }
@@ -84,12 +100,32 @@ def main() -> None:
     parser.add_argument("--published", type=Path, metavar="DIR", help="checkout of the published implementation")
     parser.add_argument("--gpt-fast", type=Path, metavar="DIR", help="checkout of gpt-fast")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of a model (default: 5)")
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", metavar="TOKENS",
+        help="of models, instead of 128 and longer ones; peers are measured at the first",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all figures here")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or min(arguments.contexts or [1]) < 1:
+        parser.error("--rounds and --contexts must be positive")
+    for option, checkout, file in (
+        ("--gpt-fast", arguments.gpt_fast, "model.py"),
+        ("--published", arguments.published, "kernels/sparse_gemv.py"),
+    ):
+        if checkout and not (checkout / file).is_file():
+            parser.error(f"{option}: {checkout} holds no {file}")
+    if arguments.json:
+        try:
+            check_writable(arguments.json)
+        except TealError as error:
+            parser.error(f"--json: {error}")
     if reason := nvrtc.unavailable():
         sys.exit(f"gpu.py: the CUDA kernels cannot run here: {reason}")
     device = torch.cuda.get_device_properties(0)
-    results: dict[str, Any] = {"GPU": device.name, "torch": torch.__version__, "CUDA": torch.version.cuda}
+    results: dict[str, Any] = {
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "GPU": device.name, "driver": driver(),
+        "CUDA": torch.version.cuda, "torch": torch.__version__, "triton": version_of("triton"),
+    }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in results.items()))
     bandwidth = copy_bandwidth()
     results["bandwidth"] = bandwidth
@@ -105,9 +141,31 @@ def main() -> None:
         elif part == "triton":
             results[part] = measure_triton(bandwidth)
         elif part != "bandwidth":
-            results[part] = measure_model(part, bandwidth, arguments.gpt_fast, arguments.published, arguments.rounds)
-    if arguments.json:
-        write_json(arguments.json, results)
+            results[part] = measure_model(
+                part,
+                bandwidth,
+                arguments.gpt_fast,
+                arguments.published,
+                arguments.rounds,
+                arguments.contexts or MODELS[part]["contexts"],
+            )
+        if arguments.json:
+            write_json(arguments.json, results)
+
+
+def driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def copy_bandwidth(size: int = 2 << 30) -> float:
@@ -164,9 +222,9 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def compared(cublas: Sequence[float], us: Sequence[float], floor: float) -> str:
-    """The speed-up over cuBLAS, and the share that reading the bytes, `floor` seconds, is of the time."""
+    """The speed-up over cuBLAS, and the share that reading the bytes, `floor` microseconds, is of the time."""
     median = statistics.median(us)
-    return f"{statistics.median(cublas) / median:>8.2f}x{1e6 * floor / median:>9.0%}"
+    return f"{statistics.median(cublas) / median:>8.2f}x{floor / median:>9.0%}"
 
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
@@ -204,10 +262,10 @@ def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
         table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
         for level, us in measured.items():
             row = table[name]["ours"][level]
-            row["us"] = us
+            row |= {"us": us, "floor us": 1e6 * (1 - row["sparsity"]) * 2 * n * k / bandwidth}
             print(
                 f"{name + f' {n} x {k}':<40}{level:>6}{spread(cublas):>22}{spread(us):>22}"
-                f"{compared(cublas, us, (1 - row['sparsity']) * 2 * n * k / bandwidth)}{row['error']:>9.1e}",
+                f"{compared(cublas, us, row['floor us'])}{row['error']:>9.1e}",
                 flush=True,
             )
         for level, row in table[name]["published"].items():
@@ -284,7 +342,7 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
         f"\n{'N x K, several tokens':<40}{'rows':>6}{'union':>7}{'cuBLAS us':>22}{'masked':>9}{'ours us':>22}", end=""
     )
     print(f"{'speed-up':>9}{'of floor':>9}{'error':>9}")
-    for name, (n, k) in KERNELS.items():
+    for name, (n, k) in PROJECTIONS.items():
         weights = copies_of(n, k)
         row_major = [weight.t().contiguous() for weight in weights]
         table[name] = []
@@ -306,10 +364,11 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
             error = relative_error(y, reference.sparse_gemv(x.float(), weights[-1].t().float(), threshold, None))
             check(f"{name}, {rows} rows", 0.5, error, TOLERANCE[torch.bfloat16])
             union = float((x != 0).any(dim=0).float().mean())
-            table[name].append({"rows": rows, "union": union, "error": error, **measured})
+            floor = 1e6 * union * 2 * n * k / bandwidth
+            table[name].append({"rows": rows, "union": union, "error": error, "floor us": floor, **measured})
             print(
                 f"{name + f' {n} x {k}':<40}{rows:>6}{union:>7.3f}{spread(cublas):>22}{statistics.median(masked):>9.1f}"
-                f"{spread(ours):>22}{compared(cublas, ours, union * 2 * n * k / bandwidth)}{error:>9.1e}",
+                f"{spread(ours):>22}{compared(cublas, ours, floor)}{error:>9.1e}",
                 flush=True,
             )
     return table
@@ -344,7 +403,7 @@ def measure_prefill() -> dict[str, Any]:
         f"\n{'N x K, prefill':<40}{'tokens':>8}{'row-major us':>25}{'untuned us':>11}{'ours us':>25}{'time':>9}", end=""
     )
     print(f"{'untuned':>9}{'error':>9}")
-    for name, (n, k) in KERNELS.items():
+    for name, (n, k) in PROJECTIONS.items():
         weights = [CudaWeight((weight,)) for weight in copies_of(n, k)]
         row_major = [weight.unpack().contiguous() for weight in weights]
         table[name] = {}
@@ -405,10 +464,10 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
         table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
         for (of, level), us in measured.items():
             row = table[name][of][level]
-            row["us"] = us
+            row |= {"us": us, "floor us": 1e6 * (1 - row["sparsity"]) * 2 * n * k / bandwidth}
             print(
                 f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(us):>22}"
-                f"{compared(cublas, us, (1 - row['sparsity']) * 2 * n * k / bandwidth)}{row['error']:>9.1e}",
+                f"{compared(cublas, us, row['floor us'])}{row['error']:>9.1e}",
                 flush=True,
             )
     return table
@@ -418,10 +477,10 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
 
 
 def measure_model(
-    name: str, bandwidth: float, gpt_fast: Path | None, published: Path | None, rounds: int
+    name: str, bandwidth: float, gpt_fast: Path | None, published: Path | None, rounds: int, contexts: Sequence[int]
 ) -> dict[str, Any]:
     """Tokens per second at each context: ours dense and at each level, gpt-fast dense, the published code, in turn."""
-    dtype, contexts = MODELS[name]["dtype"], MODELS[name]["contexts"]
+    dtype = MODELS[name]["dtype"]
     engine = random_engine(name, max(contexts) + STEPS, dtype, "cuda")
     if not isinstance(engine.decode_step, CudaDecodeStep):
         sys.exit(f"gpu.py: {name} does not run on the CUDA decode step")
@@ -441,14 +500,16 @@ def measure_model(
 
         return run
 
-    # Its attention reads the whole cache, so it gets one that just suffices, and is compared at the first context.
+    # Their attention reads the whole cache, so they get one that just suffices, and are compared at the first context.
     peers: dict[str, GptFast] = {}
     size = MODELS[name]["gpt-fast"], dtype, contexts[0]
     if gpt_fast:
         peers["gpt-fast dense"] = GptFast(gpt_fast, *size)
-    if published and dtype == torch.float16:  # all that its kernels return
+    if published and dtype != torch.float16:
+        print("the published kernels return float16 only: their code is not measured")
+    elif published:
         peers |= {f"published {level:.0%}": Published(published, *size, level) for level in PUBLISHED_LEVELS}
-    result: dict[str, Any] = {"dtype": str(dtype), "contexts": {}, "sparsity": {}}
+    result: dict[str, Any] = {"dtype": str(dtype), "contexts": {}, "sparsity": {}, "floor": {}}
     for context in contexts:
         prompt = torch.randint(engine.config.vocab_size, (context,)).tolist()
         sparsify(engine, plan_of_activations(engine, prompt, tokens=32))
@@ -472,7 +533,7 @@ def measure_model(
         result["sparsity"][context] = realised
         sparsity = {label: (realised[level], head) for label, (level, head) in rows.items()}
         sparsity |= {label: (peer.sparsity, 0.0) for label, peer in peers.items() if peer.sparsity}
-        report(engine, context, speeds, sparsity, bandwidth)
+        result["floor"][context] = report(engine, context, speeds, sparsity, bandwidth)
     return result
 
 
@@ -499,8 +560,11 @@ def report(
     speeds: dict[str, list[float]],
     sparsity: dict[str, tuple[float, float]],
     bandwidth: float,
-) -> None:
-    """`sparsity`: of the blocks, realised, and of the head, of those that have any."""
+) -> dict[str, float]:
+    """`sparsity`: of the blocks, realised, and of the head, of those that have any. Returns the tokens per second that
+    the bandwidth allows.
+    """
+    floors: dict[str, float] = {}
     print(f"context {context}: {'tokens/s':>40}{'of gpt-fast':>13}{'of our dense':>13}{'of floor':>10}")
     dense = statistics.median(speeds["ours 0%"])
     peer = statistics.median(speeds["gpt-fast dense"]) if "gpt-fast dense" in speeds else None
@@ -510,14 +574,15 @@ def report(
     cache = 2 * 2 * config.blocks * config.kv_heads * config.head_dim * context
     for label, values in speeds.items():
         of_blocks, of_head = sparsity.get(label, (0.0, 0.0))
-        floor = bandwidth / (blocks * (1 - of_blocks) + head * (1 - of_head) + cache)
+        floors[label] = bandwidth / (blocks * (1 - of_blocks) + head * (1 - of_head) + cache)
         median = statistics.median(values)
         title = f"  {label} (realised {of_blocks:.1%})" if label in sparsity else f"  {label}"
         print(
             f"{title:<40}{spread(values):>25}{f'{median / peer:.2f}x' if peer else '-':>13}{median / dense:>12.2f}x"
-            f"{median / floor:>10.0%}",
+            f"{median / floors[label]:>10.0%}",
             flush=True,
         )
+    return floors
 
 
 @torch.inference_mode()
@@ -625,8 +690,10 @@ class GptFast:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where the compiler looks for it
         spec.loader.exec_module(module)
+        sizes = module.ModelArgs.from_name(name)
+        sizes.block_size = max(sizes.block_size, context + STEPS)  # positions that it has rotations for
         with torch.device("meta"):
-            self.model: Any = module.Transformer(module.ModelArgs.from_name(name)).to(dtype)
+            self.model: Any = module.Transformer(sizes).to(dtype)
         self.model = self.model.to_empty(device="cuda").eval()
         with torch.no_grad():
             for parameter in self.model.parameters():

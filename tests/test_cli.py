@@ -1327,6 +1327,14 @@ class TestBadOutput:
 
 @pytest.mark.usefixtures("home")
 class TestBadRequests:
+    def test_a_full_gpu(self, refuses: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+        monkeypatch.setattr("teal.engine.model.DecoderModel.prefill", full)
+        says = "teal: CUDA out of memory. Tried to allocate 2.00 GiB. Ask for less context, or use --device cpu."
+        refuses("generate", "model", "--prompt", "The", says=says)
+
     @pytest.mark.parametrize("options", [["--prompt", ""], ["--prompt", " \n"], []])
     def test_empty_prompt(self, options: list[str], refuses: Callable[..., Outcome]) -> None:
         says = "the prompt is empty; pass --prompt TEXT or pipe text in"
@@ -1382,7 +1390,8 @@ class TestBadRequests:
             (["bench", "model", "--tokens", "1"], "--tokens must be at least 2"),
             (["bench", "model", "--shape", "llama-3.2-1b"], "--shape stands alone"),
             (["bench", "--shape", "gpt-5"], "unknown shape 'gpt-5'"),
-            (["bench", "model", "--context", "65"], "blocks of 65 tokens do not fit"),
+            (["bench", "model", "--context", "65"], "--context and --tokens need 97 positions, the model has 64"),
+            (["bench", "model", "--kernels", "--device", "cuda"], "--kernels is for --device cpu"),
             ([*READS_MODEL["allocate"], "--step", "0.5"], "the greedy step must be above 0"),
             ([*READS_MODEL["allocate"], "--step", "nan"], "the greedy step must be above 0"),
         ],

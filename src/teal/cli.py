@@ -73,7 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, TealError):
                 print(f"teal: {error}", file=sys.stderr)
                 return error.exit_code
+            if _is_out_of_memory(error):
+                print(f"teal: {str(error).splitlines()[0]} Ask for less context, or use --device cpu.", file=sys.stderr)
+                return 1
             raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU; torch, which is not loaded for every verb, has an exception for it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _parse(arguments: Sequence[str], parsed: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teal.errors import TealError
 from teal.ops import native, reference
-from teal.ops.layouts import LAYOUTS, restore
+from teal.ops.layouts import LAYOUTS, restore, triton_serves
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.sparse_gemv import QUANTIZATIONS, pack, sparse_gemv, sparse_linear
 
@@ -204,6 +204,9 @@ def test_bad_compensation() -> None:
         sparse_linear(normal(1, 20), weight, torch.tensor(0.5), None, normal(7))
 
 
+needs_triton = pytest.mark.skipif("triton" not in LAYOUTS, reason="Triton is not installed")
+
+
 class TestPack:
     def test_default_layout_shares_the_checkpoints_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TEAL_LAYOUT", raising=False)
@@ -233,6 +236,16 @@ class TestPack:
     def test_bad_weight(self, weight: Tensor) -> None:
         with pytest.raises(TealError, match=r"must be a floating-point matrix \[N, K\]"):
             pack(weight)
+
+    @needs_triton
+    def test_triton_serves_gpus_where_the_cuda_kernels_do_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight = normal(6, 20)
+        assert pack(weight).layout != "triton"
+        monkeypatch.setattr("teal.ops.sparse_gemv.triton_serves", lambda _: True)
+        assert pack(weight).layout == "triton"
+
+    def test_triton_serves_no_cpu(self) -> None:
+        assert not triton_serves(normal(6, 20))
 
     def test_unknown_layout(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TEAL_LAYOUT", "diagonal")

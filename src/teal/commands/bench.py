@@ -52,9 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--shape stands alone: it has random weights and thresholds of its own")
     if arguments.tokens < 2:
         raise UsageError("--tokens must be at least 2: prefill gives the first one, which is not timed")
-    common.check_device(arguments.device)
     if arguments.kernels:
+        if not common.is_cpu(arguments.device):
+            raise UsageError("--kernels is for --device cpu; bench without it measures whole steps on a GPU")
         return _run_kernels(arguments)
+    common.check_device(arguments.device)
     load = _random_engine if arguments.shape else _engine
     engine, plan, level, prompt_ids, name = load(arguments)
     engine.lm_head.set_sparsity(arguments.head_sparsity)
@@ -116,15 +118,20 @@ Loaded = tuple["DecoderModel", "SparsityPlan", float | None, list[int], str]  # 
 
 
 def _engine(arguments: argparse.Namespace) -> Loaded:
-    from teal.checkpoint import resolve_model
+    from teal.checkpoint import context_length, load_config, resolve_model
     from teal.data import EVALUATION_TEXT
     from teal.engine.load import load_engine
 
     plan, level = common.chosen_plan(arguments)
     directory = resolve_model(arguments.model)
+    context, most = arguments.context + arguments.tokens, context_length(load_config(directory))
+    if context > most:
+        raise UsageError(f"--context and --tokens need {context} positions, the model has {most}; ask for fewer")
     arguments.text, arguments.field, arguments.wikitext = None, "text", False
     prompt = common.read_blocks(arguments, directory, EVALUATION_TEXT, arguments.context, arguments.context, None)
-    engine = load_engine(directory, common.dtype_of(arguments), arguments.device, **common.quantization_of(arguments))
+    engine = load_engine(
+        directory, common.dtype_of(arguments), arguments.device, context=context, **common.quantization_of(arguments)
+    )
     return engine, plan, level, prompt.ids[0].tolist(), arguments.model or "the embedded model"
 
 

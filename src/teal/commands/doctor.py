@@ -99,16 +99,19 @@ def _backends() -> dict[str, str]:
     import torch
 
     from teal.ops import native, reference
-    from teal.ops.layouts import LAYOUTS
+    from teal.ops.layouts import LAYOUTS, triton_serves
 
     found = {}
     generator = torch.Generator().manual_seed(0)
     wide, row = torch.randn(48, 64, generator=generator), torch.randn(1, 64, generator=generator)
     for name, layout in LAYOUTS.items():
-        tried = [wide] + ([wide.cuda().bfloat16()] if torch.cuda.is_available() else [])
+        tried = ([wide.cuda().bfloat16()] if torch.cuda.is_available() else []) + [wide]
         reasons = [layout.refusal(weight) for weight in tried]
+        if name == "triton" and not triton_serves(tried[0]):
+            found[name] = "not here: its kernels are for GPUs"
+            continue
         if None not in reasons:
-            found[name] = f"not here: {reasons[-1]}"
+            found[name] = f"not here: {reasons[0]}"
             continue
         try:
             weight = tried[reasons.index(None)]

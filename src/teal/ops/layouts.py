@@ -20,6 +20,15 @@ if find_spec("triton") is not None:
     LAYOUTS[TritonWeight.layout] = TritonWeight
 
 
+def triton_serves(weight: Tensor) -> bool:
+    """Whether the portable kernels run on the GPU that holds this weight."""
+    if weight.device.type not in ("cuda", "xpu") or "triton" not in LAYOUTS:
+        return False
+    from teal.ops.triton_gemv import serves
+
+    return serves(weight.device, weight.dtype)
+
+
 def restore(storage: Sequence[Tensor], layout: str) -> PackedWeight:
     """The packed weight behind the tensors and the layout name that a custom op received."""
     return LAYOUTS[layout](storage)

@@ -12,7 +12,7 @@ from torch import Tensor
 from teal.errors import TealError
 from teal.ops import native
 from teal.ops.cuda_weight import CudaWeight
-from teal.ops.layouts import LAYOUTS, restore
+from teal.ops.layouts import LAYOUTS, restore, triton_serves
 from teal.ops.packed import MAX_SPARSE_ROWS, PackedWeight
 from teal.ops.reference import drop_small, first_sparse_token
 
@@ -40,6 +40,8 @@ def pack(weight: Tensor, quantization: str | None = None) -> PackedWeight:
 def _best(weight: Tensor) -> str:
     if not CudaWeight.refusal(weight):
         return "cuda"
+    if triton_serves(weight):
+        return "triton"
     return "cpu" if weight.is_cpu and weight.dtype in native.ACTIVATIONS and native.available() else "row_major"
 
 
