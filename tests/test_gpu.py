@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import teal
+from teal.checkpoint import EMBEDDED_MODEL
+from teal.data import CALIBRATION_TEXT, token_blocks
 from teal.engine import DecodeState, SamplingConfig, decode_tokens
 from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
@@ -13,6 +17,7 @@ from teal.linear import sparse_layers
 from teal.ops import cublaslt, cuda_greedy, nvrtc, reference
 from teal.ops.cuda_weight import CudaWeight
 from teal.ops.sparse_gemv import pack, sparse_gemv
+from teal.sparse_model import set_sparsity, sparsify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,3 +171,19 @@ def test_a_sparse_head(monkeypatch):
     assert sparse == list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True))
     engine.lm_head.set_sparsity(0.0)
     assert dense == list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True, state=state))
+
+
+def test_transformers_generates_alike_compiled_over_a_static_cache():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).to("cuda")
+    blocks = token_blocks([CALIBRATION_TEXT], tokenizer, length=256, count=4, seed=0)
+    sparsify(model, teal.allocate(teal.calibrate(model, blocks), "uniform"), 0.4)
+    prompt = tokenizer("The city of", return_tensors="pt").to("cuda")
+    options = {"max_new_tokens": 24, "do_sample": False}
+    texts = []
+    for level in (0.4, 0.0):
+        set_sparsity(model, level)
+        eager = model.generate(**prompt, **options).tolist()
+        assert model.generate(**prompt, **options, cache_implementation="static").tolist() == eager  # which compiles
+        texts.append(eager)
+    assert texts[0] != texts[1]
