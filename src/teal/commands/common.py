@@ -275,7 +275,7 @@ def check_device(device: str) -> str:
     try:
         torch.empty(0, device=kind)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = reason_of(error)
+        reason = reason_of(error).partition(". ")[0]  # some go on with every device that torch knows
         raise TealError(f"there is no device {device} here ({reason}); use --device cpu") from None
     return device
 
