@@ -17,7 +17,6 @@ what it should compute ends the run.
 import argparse
 import copy
 import datetime
-import importlib.metadata
 import importlib.util
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from teal.artifacts import check_writable, write_json
 from teal.benchmark import check_products, plan_of_activations
+from teal.commands.doctor import versions
 from teal.engine.block import DecoderBlock
 from teal.engine.config import EngineConfig
 from teal.engine.cuda_step import CudaDecodeStep
@@ -124,7 +124,7 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     results: dict[str, Any] = {
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "GPU": device.name, "driver": driver(),
-        "CUDA": torch.version.cuda, "torch": torch.__version__, "triton": version_of("triton"),
+        "CUDA": torch.version.cuda, "torch": torch.__version__, "triton": versions()["triton"],
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in results.items()))
     bandwidth = copy_bandwidth()
@@ -159,13 +159,6 @@ def driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def copy_bandwidth(size: int = 2 << 30) -> float:
@@ -221,6 +214,11 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
+def floor_us(n: int, k: int, kept: float, bandwidth: float) -> float:
+    """In which the kept share of 16-bit weights is read."""
+    return 1e6 * kept * 2 * n * k / bandwidth
+
+
 def compared(cublas: Sequence[float], us: Sequence[float], floor: float) -> str:
     """The speed-up over cuBLAS, and the share that reading the bytes, `floor` microseconds, is of the time."""
     median = statistics.median(us)
@@ -262,7 +260,7 @@ def measure_kernels(bandwidth: float, published: Path | None) -> dict[str, Any]:
         table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
         for level, us in measured.items():
             row = table[name]["ours"][level]
-            row |= {"us": us, "floor us": 1e6 * (1 - row["sparsity"]) * 2 * n * k / bandwidth}
+            row |= {"us": us, "floor us": floor_us(n, k, 1 - row["sparsity"], bandwidth)}
             print(
                 f"{name + f' {n} x {k}':<40}{level:>6}{spread(cublas):>22}{spread(us):>22}"
                 f"{compared(cublas, us, row['floor us'])}{row['error']:>9.1e}",
@@ -364,7 +362,7 @@ def measure_rows(bandwidth: float) -> dict[str, Any]:
             error = relative_error(y, reference.sparse_gemv(x.float(), weights[-1].t().float(), threshold, None))
             check(f"{name}, {rows} rows", 0.5, error, TOLERANCE[torch.bfloat16])
             union = float((x != 0).any(dim=0).float().mean())
-            floor = 1e6 * union * 2 * n * k / bandwidth
+            floor = floor_us(n, k, union, bandwidth)
             table[name].append({"rows": rows, "union": union, "error": error, "floor us": floor, **measured})
             print(
                 f"{name + f' {n} x {k}':<40}{rows:>6}{union:>7.3f}{spread(cublas):>22}{statistics.median(masked):>9.1f}"
@@ -464,7 +462,7 @@ def measure_triton(bandwidth: float) -> dict[str, Any]:
         table[name]["cuBLAS"] = cublas = measured.pop("cuBLAS")
         for (of, level), us in measured.items():
             row = table[name][of][level]
-            row |= {"us": us, "floor us": 1e6 * (1 - row["sparsity"]) * 2 * n * k / bandwidth}
+            row |= {"us": us, "floor us": floor_us(n, k, 1 - row["sparsity"], bandwidth)}
             print(
                 f"{name + f' {n} x {k}':<40}{of:>8}{level:>4}{spread(cublas):>22}{spread(us):>22}"
                 f"{compared(cublas, us, row['floor us'])}{row['error']:>9.1e}",
@@ -766,7 +764,7 @@ class Published(GptFast):
         super().__init__(checkout / "gpt-fast", name, dtype, context)
         sizes = [linear.weight.numel() for linear in linears(self.model)]
         seen: list[list[Tensor]] = [[] for _ in sizes]
-        with watching(self.model, lambda index, x: seen[index].append(x.abs().float())):
+        with watching(linears(self.model), lambda index, x: seen[index].append(x.abs().float())):
             self.logits(self.model, range(7, 15))
         thresholds = [float(torch.cat(values).flatten().quantile(level)) for values in seen]
         dropped: list[float] = []
@@ -776,13 +774,15 @@ class Published(GptFast):
             dropped.append(float(small.float().mean()) * sizes[index])
             return x.masked_fill(small, 0)
 
-        with watching(self.model, drop):
+        with watching(linears(self.model), drop):
             self.logits(self.model, range(15, 23))
             self.sparsity = sum(dropped) / 8 / sum(sizes)
-            inputs = self.inputs_of_layers()
+            inputs: list[Any] = []
+            with watching(self.model.layers, lambda _, *given: inputs.append(given)):
+                self.logits(self.model, [15])
             reference = outputs_of_layers(self.model, inputs)
         exact = copy.deepcopy(self.model).float()
-        with watching(exact, drop):
+        with watching(linears(exact), drop):
             want = outputs_of_layers(exact, inputs)
         del exact
         one, three = (
@@ -807,15 +807,6 @@ class Published(GptFast):
         }
         check("a block of the published decode loop", level, self.errors["kernels"], CLOSE * self.errors["reference"])
 
-    def inputs_of_layers(self) -> list[Any]:
-        """Of the first token after the prompt."""
-        inputs: list[Any] = []
-        hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given)) for layer in self.model.layers]
-        self.logits(self.model, [15])
-        for hook in hooks:
-            hook.remove()
-        return inputs
-
 
 @torch.no_grad()
 def outputs_of_layers(model: Any, inputs: Sequence[Any]) -> list[Tensor]:
@@ -825,11 +816,11 @@ def outputs_of_layers(model: Any, inputs: Sequence[Any]) -> list[Tensor]:
 
 
 @contextmanager
-def watching(model: Any, watch: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """`watch` gets the index of every projection and its inputs, which it may replace."""
+def watching(modules: Sequence[Any], watch: Callable[..., Tensor | None]) -> Iterator[None]:
+    """`watch` gets the index of each module that runs and its inputs, the first of which it may replace."""
     hooks = [
-        linear.register_forward_pre_hook(lambda _, x, index=index: watch(index, x[0]))
-        for index, linear in enumerate(linears(model))
+        module.register_forward_pre_hook(lambda _, given, index=index: watch(index, *given))
+        for index, module in enumerate(modules)
     ]
     try:
         yield

@@ -46,10 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def examine() -> dict[str, dict[str, Any]]:
     """What there is on this machine, section by section."""
-    return {"versions": _versions(), "processor": _processor(), "GPUs": _gpus(), "backends": _backends()}
+    return {"versions": versions(), "processor": _processor(), "GPUs": _gpus(), "backends": _backends()}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter here."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

@@ -77,18 +77,16 @@ class TextModel:
 
         if arguments.dense and (arguments.plan is not None or arguments.level is not None):
             raise UsageError("--dense is without sparsity: leave out --plan and --level, or --dense")
-        if arguments.dense and arguments.log_sparsity:
-            raise UsageError("--dense is without sparsity: there is none to log")
-        self.log_sparsity = arguments.log_sparsity
         self.plan, level = (None, 0.0) if arguments.dense else common.chosen_plan(arguments)
+        level = level if arguments.level is None else arguments.level
+        self.level = default_level(self.plan) if level is None and self.plan is not None else level or 0.0
+        self.log_sparsity = arguments.log_sparsity
+        if self.log_sparsity and self.level == 0:
+            raise UsageError("without sparsity, by --dense or a level of 0, there is none to log")
         directory = resolve_model(arguments.model)
         common.check_device(arguments.device)
         self.sampling = sampling_config(arguments)
         self.tokenizer = load_tokenizer(directory)
-        level = level if arguments.level is None else arguments.level
-        self.level = default_level(self.plan) if level is None and self.plan is not None else level or 0.0
-        if self.log_sparsity and self.level == 0:
-            raise UsageError("a model at level 0 is without sparsity: there is none to log")
         self.engine: DecoderModel | None = None
         self.model: Any = None
         self.context = 0

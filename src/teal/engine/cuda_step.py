@@ -15,7 +15,7 @@ from torch import Tensor
 from teal.engine.block import DecoderBlock
 from teal.engine.cache import BlockCache, KVCache
 from teal.engine.config import EngineConfig
-from teal.engine.decode_step import TokenPosition, reference_decode_step
+from teal.engine.decode_step import TokenPosition, WholeTokenStep, reference_decode_step
 from teal.linear import SparseLinear
 from teal.ops import nvrtc
 from teal.ops.cuda_attention import AttentionKernel, Heads
@@ -53,7 +53,7 @@ def refusal(config: EngineConfig, dtype: torch.dtype) -> str | None:
     return None
 
 
-class CudaDecodeStep:
+class CudaDecodeStep(WholeTokenStep):
     """See `engine.decode_step.WholeTokenStep`. Batches of more than one sequence take the reference's step.
 
     Raises TealError if a kernel does not compile.

@@ -9,8 +9,9 @@ What a backend may rely on, and must keep:
   cache write; attention; o + residual; gate, up + SiLU * product; down + residual) and across blocks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +45,25 @@ class DecodeStep(Protocol):
     ) -> Tensor: ...
 
 
-@runtime_checkable
-class WholeTokenStep(DecodeStep, Protocol):
-    """A step that runs a whole token over buffers of its own, embedding and LM head included, for one sequence: what
-    `engine.capture` makes a graph of.
+class WholeTokenStep(ABC):
+    """A `DecodeStep` that runs a whole token over buffers of its own, embedding and LM head included, for one sequence:
+    what `engine.capture` makes a graph of. A base class, as every token asks whether its step is one.
     """
 
     observed: bool  # someone watches a projection's inputs, which only the reference's step shows; `refresh` sets it
 
+    @abstractmethod
+    def __call__(
+        self, blocks: Sequence[DecoderBlock], hidden: Tensor, cache: KVCache, position: TokenPosition
+    ) -> Tensor: ...
+
+    @abstractmethod
     def refresh(self, blocks: Sequence[DecoderBlock], cache: KVCache) -> int:
         """How often tensors were replaced until now; what was captured at another number is stale."""
-        ...
 
+    @abstractmethod
     def logits(self, model: "DecoderModel", token: Tensor, position: Tensor, cache: KVCache) -> Tensor | None:
         """See `DecoderModel.decode`: token [1] at position [1] -> logits [1, V]; None where the call must serve."""
-        ...
 
 
 def choose_decode_step(model: "DecoderModel") -> DecodeStep:
