@@ -239,6 +239,12 @@ class TestBlocks:
         assert not torch.equal(blocks(3).ids, blocks(4).ids)
         assert not torch.equal(blocks(3).ids, blocks(None).ids)
 
+    def test_the_default_device_does_not_matter(self, text: Path) -> None:
+        for seed in (None, 0):
+            with torch.device("meta"):
+                blocks = token_blocks([text], TOKENIZER, length=41, count=10, seed=seed)
+            assert torch.equal(blocks.ids, token_blocks([text], TOKENIZER, length=41, count=10, seed=seed).ids)
+
     def test_a_seed_takes_blocks_of_the_text_without_repetition(self, text: Path) -> None:
         every = {tuple(row) for row in token_blocks([text], TOKENIZER, length=41).ids.tolist()}
         taken = {tuple(row) for row in token_blocks([text], TOKENIZER, length=41, count=25, seed=1).ids.tolist()}

@@ -118,12 +118,13 @@ def token_blocks(
             f"the text gives {len(stream)} tokens, {wanted * body} are needed ({wanted} x {length}); "
             "give more text, or ask for fewer or shorter blocks"
         )
-    starts = torch.arange(available)
+    starts: Sequence[int] = range(available)
     if seed is not None:
-        starts = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    rows = [opening + stream[start * body : (start + 1) * body] for start in starts[:count].tolist()]
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randperm(available, generator=generator, device="cpu").tolist()  # whatever the default device is
+    rows = [opening + stream[start * body : (start + 1) * body] for start in starts[:count]]
     names = (source if source.startswith(DATASET) else Path(source).name for source in map(str, sources))
-    return TokenBlocks(torch.tensor(rows, dtype=torch.int64), tuple(names), seed)
+    return TokenBlocks(torch.tensor(rows, dtype=torch.int64, device="cpu"), tuple(names), seed)
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

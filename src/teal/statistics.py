@@ -1,6 +1,7 @@
 """ActivationStatistics: the exact distribution of |x| at every distinct input of every block."""
 
 import math
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class InputStatistics:
 def upper_edge(bin_index: int) -> float:
     """The largest float32 that rounds into the bin: half a bf16 step above its value; ties round to even bins."""
     half_step = 0x7FFF if bin_index & 1 else 0x8000
-    return float(torch.tensor(bin_index << 16 | half_step, dtype=torch.int32).view(torch.float32))
+    return struct.unpack("<f", struct.pack("<I", bin_index << 16 | half_step))[0]
 
 
 @dataclass

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #define EMULATED 1
 #define __device__
@@ -36,7 +37,7 @@ constexpr int MOST_FIBERS = 8192, MOST_BLOCKS = MOST_FIBERS / 32, MOST_RANGES = 
 constexpr size_t STACK = (32 << 10) + 576, GUARD = 4 << 10;
 constexpr unsigned char CANARY = 0xa5, POISON = 0xff;
 
-enum State { READY, AT_BARRIER, AT_SHUFFLE, AT_CLUSTER_BARRIER, EXITED };
+enum State { READY, AT_BARRIER, AT_SHUFFLE, AT_CLUSTER_BARRIER, AT_MAILBOX, EXITED };
 
 // Where `size` threads meet. A thread may go on once `phase` is no longer what it was when the thread arrived.
 struct Meeting {
@@ -48,11 +49,18 @@ struct Meeting {
         return before;
     }
 };
+struct Letter {
+    long place;  // in shared memory
+    float word;
+};
 struct Block {
     Meeting barrier;
     char* memory;  // GUARD bytes, the shared memory, GUARD bytes
     char* shared() const { return memory + GUARD; }
     int alive;
+    long mailbox;  // its place in shared memory, or -1
+    Meeting letters;
+    std::vector<Letter> held;  // until all have come
 };
 struct Warp {
     Meeting shuffle;
@@ -184,8 +192,9 @@ static void check_exited(int fiber_count) {
     if (counts[EXITED] == fiber_count || *failure) return;
     snprintf(failure, sizeof failure,
              "deadlock from block %d on: %d threads wait at __syncthreads, %d at a shuffle, %d at the cluster's "
-             "barrier; %d have exited",
-             first_block, counts[AT_BARRIER], counts[AT_SHUFFLE], counts[AT_CLUSTER_BARRIER], counts[EXITED]);
+             "barrier, %d for mail; %d have exited",
+             first_block, counts[AT_BARRIER], counts[AT_SHUFFLE], counts[AT_CLUSTER_BARRIER], counts[AT_MAILBOX],
+             counts[EXITED]);
 }
 // Runs blocks from `first_block` on together.
 static void run_blocks(int block_count, int threads, int order) {
@@ -196,6 +205,7 @@ static void run_blocks(int block_count, int threads, int order) {
         memset(block.shared(), POISON, shared_size);
         block.barrier = {threads, 0, 0};
         block.alive = threads;
+        block.mailbox = -1, block.held.clear();
         cluster_meetings[i / cluster_size] = {cluster_size * threads, 0, 0};
     }
     for (int i = 0; i < warp_count; i++) warps[i].shuffle = {32, 0, 0};
@@ -430,12 +440,34 @@ static inline void cluster_wait() {
     fiber.arrived = false;
     fiber.cluster_barriers++;
 }
-static inline void send(float* own, int rank, float v) {
-    emulator::Fiber& fiber = *emulator::running;
-    emulator::check_shared(own, 4);
-    if (rank < 0 || rank >= emulator::cluster_size) emulator::fail("a message to a block out of the cluster");
-    if (fiber.cluster_barriers == 0) emulator::fail("a message to a block that may not have started");
-    emulator::Block& to = emulator::blocks[fiber.block / emulator::cluster_size * emulator::cluster_size + rank];
-    if (to.alive == 0) emulator::fail("a message to a block that has exited");
-    *(float*)(to.shared() + ((char*)own - emulator::blocks[fiber.block].shared())) = v;
-}
+struct Mailbox {
+    uint64_t barrier;
+    void open(uint32_t bytes) {
+        emulator::Fiber& fiber = *emulator::running;
+        emulator::Block& own = emulator::blocks[fiber.block];
+        emulator::check_shared(this, sizeof *this);
+        if (fiber.arrived || fiber.cluster_barriers) emulator::fail("a mailbox is opened too late");
+        if (own.mailbox >= 0) emulator::fail("a mailbox is opened twice");
+        own.mailbox = (char*)this - own.shared();
+        own.letters = {int(bytes / 4), 0, 0};
+    }
+    void send(float* place, float word) const {
+        emulator::Fiber& fiber = *emulator::running;
+        const char* own = emulator::blocks[fiber.block].shared();
+        emulator::Block& to = emulator::blocks[fiber.block / emulator::cluster_size * emulator::cluster_size];
+        emulator::check_shared(place, 4);
+        if (fiber.cluster_barriers == 0) emulator::fail("a message to a block that may not have started");
+        if (to.alive == 0) emulator::fail("a message to a block that has exited");
+        if (to.mailbox != (char*)this - own) emulator::fail("a message to a mailbox that is not open");
+        if (to.letters.phase || to.letters.size == 0) emulator::fail("a message that the mailbox does not expect");
+        to.held.push_back({(char*)place - own, word});
+        to.letters.arrive();
+        if (to.letters.phase == 0) return;
+        for (const emulator::Letter& letter : to.held) *(float*)(to.shared() + letter.place) = letter.word;
+    }
+    void await() const {
+        emulator::Block& own = emulator::blocks[emulator::running->block];
+        if (own.mailbox != (char*)this - own.shared()) emulator::fail("a thread awaits a mailbox that is not open");
+        emulator::wait(emulator::AT_MAILBOX, &own.letters, 0);
+    }
+};

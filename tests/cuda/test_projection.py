@@ -39,14 +39,14 @@ def shape(channels: int, outputs: tuple[int, ...], tuning: tuple[int, ...], dtyp
 
 SHAPES = [
     shape(72, (40,), (6, 1, 64, 2), HALF),
-    shape(176, (104, 24, 8), (12, 2, 64, 3), BRAIN),
-    shape(1040, (200,), (24, 2, 128, 4), HALF),
-    shape(528, (232, 72), (28, 2, 128, 8), BRAIN),
+    shape(176, (104, 24, 8), (12, 2, 96, 3), BRAIN),
+    shape(1040, (200,), (24, 2, 192, 4), HALF),
+    shape(528, (232, 72), (28, 2, 224, 8), BRAIN),
     shape(600, (136,), (8, 1, 64, 8), BRAIN),
     shape(8, (8,), (1, 1, 64, 2), HALF),
     shape(16, (16, 8, 48), (2, 2, 64, 5), HALF),
     shape(2048, (56,), (6, 1, 64, 2), BRAIN),
-    shape(96, (264,), (32, 2, 128, 2), BRAIN),
+    shape(96, (264,), (32, 2, 256, 2), BRAIN),
     shape(1000, (88,), (10, 1, 128, 6), HALF),
     shape(120, (72,), (5, 3, 64, 7), HALF),
     shape(72, (40, 16, 16), (4, 1, 64, 3), HALF, "normalized"),

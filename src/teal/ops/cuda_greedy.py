@@ -48,7 +48,7 @@ def choose(logits: Tensor, token: Tensor, invalid: int) -> Tensor:
     with torch.accelerator.device_index(logits.device.index):
         cluster = CLUSTER if nvrtc.has_clusters() else 1
         macros = nvrtc.common_macros(logits.dtype, THREADS, cluster=cluster)
-        kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * (THREADS // 32 + cluster))
+        kernel = nvrtc.compile_kernel("greedy.cu", "greedy", macros, 8 * (THREADS // 32 + 1 + cluster))
         launch = kernel.prepared(cluster, THREADS, arguments, cluster=cluster, dependent=True)
         launch.start(torch.cuda.current_stream().cuda_stream)
     return checked

@@ -128,7 +128,7 @@ def blocks_of(outputs: Sequence[int], tuning: Tuning) -> int:
 
 def shared_bytes(channels: int, tuning: Tuning) -> int:
     """Size of `Shared` in projection.cu."""
-    sums = 4 * (8 * tuning.width + tuning.cluster)
+    sums = 4 * 8 * tuning.width * tuning.cluster
     entries = channels // tuning.cluster + tuning.threads // 2
     return 16 * tuning.depth * tuning.threads + sums + tuning.threads // 4 + 4 * entries + 64
 
@@ -156,7 +156,7 @@ def choose_tuning(
     """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together;
     None if the channels are too many.
 
-    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes and more do,
+    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes do, 256 some more,
     consecutive kernels overlap best when each has one block on every multiprocessor, and blocks that own a tile alone
     want fewer weights on their way than those that share one.
     """
@@ -170,7 +170,8 @@ def choose_tuning(
                 continue
             waves = blocks_of(outputs, tuning) / multiprocessors
             unaligned = 0.3 if width % 4 else 0.2 if width % 8 else 0
-            badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + 0.01 * cluster
+            narrow = 0.02 if width < 16 else 0
+            badness = (1 / waves if waves <= 1 else 2 * waves) + unaligned + narrow + 0.01 * cluster
             badness += 0 if threads == 512 and depth > 4 else 10  # where nothing else fits
             if best is None or badness < best[0]:
                 best = (badness, tuning)

@@ -71,7 +71,7 @@ def rows_compiled(rows: int) -> int:
 
 def shared_bytes(channels: int, rows: int, tuning: RowsTuning) -> int:
     """Size of `Shared` in rows.cu."""
-    warps, received = tuning.threads // 32, 4 * rows * 8 * tuning.width
+    warps, received = tuning.threads // 32, 4 * rows * 8 * tuning.width * max(1, tuning.cluster - 1)
     part = channels // tuning.cluster
     return STEP_BYTES * tuning.depth * warps + received + 2 * rows * (part + 8) + 2 * (part + 16) + 4 * warps + 48
 

@@ -81,19 +81,45 @@ __device__ __forceinline__ void await_previous_kernel() {
 }
 
 #if CLUSTER > 1
-// Blocks of a cluster: a barrier in two halves, and a word in the memory of block `rank`, at the place of one's own.
+// Blocks of a cluster: a barrier in two halves.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void send(float* own, int rank, float v) {
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(address) : "r"((u32)__cvta_generic_to_shared(own)), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
-}
+
+// A block's mailbox for words that other blocks of its cluster send, `bytes` of them altogether. One thread opens it, before
+// the block arrives at the cluster's barrier; the others send after they have waited there, and may then exit.
+struct Mailbox {
+    u64 barrier;
+    __device__ __forceinline__ u32 address() const { return (u32)__cvta_generic_to_shared(&barrier); }
+    __device__ __forceinline__ void open(u32 bytes) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+    }
+    // A word for the memory of block 0, at the place that it has here.
+    __device__ __forceinline__ void send(float* place, float v) const {
+        u32 there, barrier_there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(place)));
+        asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(barrier_there) : "r"(address()));
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                     ::"r"(there), "f"(v), "r"(barrier_there)
+                     : "memory");
+    }
+    __device__ __forceinline__ void await() const {
+        asm volatile(
+            "{\n.reg .pred done;\nagain:\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+            "@!done bra again;\n}" ::"r"(address())
+            : "memory");
+    }
+};
 #else
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void send(float*, int, float) {}
+struct Mailbox {
+    __device__ __forceinline__ void open(u32) {}
+    __device__ __forceinline__ void send(float*, float) const {}
+    __device__ __forceinline__ void await() const {}
+};
 #endif
 
 // Four 8 x 8 matrices of 16-bit numbers; a lane gives the address of one of their 32 rows. Lane l gets of each the
@@ -428,54 +454,49 @@ struct List {
     }
 };
 
-// Adds up a tile over rows of a warp, warps and blocks of the cluster. Each block finishes SHARE of the columns: thread
-// t < SHARE gets the sum of column rank * SHARE + t. The slots are scratch; blocks of a cluster must have arrived at its
-// barrier once before (cluster_arrive), so that each may write into the other's memory.
+// Adds up a tile over rows of a warp, warps and blocks of the cluster: thread t of the first block gets the sum of column
+// t. The others leave as soon as their sums are on their way to it, and make room for the next kernel. The slots are
+// scratch: a thread that has read all of its own writes there. Blocks of a cluster must have met at its barrier after
+// the first one has opened its mailbox.
 template <class Tile>
 struct Total {
-    static constexpr int COLUMNS = Tile::COLUMNS, SHARE = divided_up(COLUMNS, CLUSTER);
-    static_assert(COLUMNS <= 128 * DEPTH, "the slots hold the sums");
-    static_assert(SHARE <= THREADS, "more threads are needed: each finishes at most one column");
+    static constexpr int COLUMNS = Tile::COLUMNS;
+    static_assert(DEPTH * COLUMNS >= 2 * COLUMNS, "two slots hold a thread's sums");
+    static_assert(COLUMNS <= THREADS, "more threads are needed: each finishes at most one column");
     struct Received {
-        float sums[CLUSTER][SHARE];  // by the block they come from
+        Mailbox mailbox;
+        float sums[CLUSTER][COLUMNS];  // of the blocks but the first
     };
+    __device__ __forceinline__ static void open(Received& received, int rank) {
+        if (rank == 0 && threadIdx.x == 0) received.mailbox.open(4 * COLUMNS * (CLUSTER - 1));
+    }
     float sum = 0.f;
 
-    __device__ __forceinline__ Total(float (&partial)[8], const Tile& tile, uint4* all_slots, Received& received,
-                                     int rank) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __device__ __forceinline__ Total(float (&partial)[8], const Tile& tile, uint4* slots, Received& received, int rank) {
+        const int lane = threadIdx.x % 32, column = threadIdx.x;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const float one = partial[i];
 #pragma unroll
             for (int row = 1; row < Tile::ROWS; row++) partial[i] += __shfl_sync(ALL, one, lane + row * COLUMNS / 8);
         }
-        float* wide = (float*)all_slots;  // [WARPS][COLUMNS]
-        __syncthreads();                  // all slots have been used
+        float4* wide = (float4*)slots;  // [2][WARPS][32]: four sums of a chunk and the next four
         if (tile.row == 0) {
-            float4* to = (float4*)(wide + warp * COLUMNS + 8 * tile.chunk);
-            to[0] = make_float4(partial[0], partial[1], partial[2], partial[3]);
-            to[1] = make_float4(partial[4], partial[5], partial[6], partial[7]);
+            wide[threadIdx.x] = make_float4(partial[0], partial[1], partial[2], partial[3]);
+            wide[THREADS + threadIdx.x] = make_float4(partial[4], partial[5], partial[6], partial[7]);
         }
-        if (CLUSTER > 1) cluster_wait();
         __syncthreads();
-        for (int c = threadIdx.x; c < COLUMNS; c += THREADS) {
-            float of_block = 0.f;
+        if (column >= COLUMNS) return;
+        const float* of_column = (const float*)(wide + column % 8 / 4 * THREADS + column / 8) + column % 4;
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) of_block += wide[w * COLUMNS + c];
-            float* to = &received.sums[rank][c % SHARE];
-            if (CLUSTER == 1)
-                sum = of_block;
-            else if (c / SHARE == rank)
-                *to = of_block;
-            else
-                send(to, c / SHARE, of_block);
-        }
+        for (int w = 0; w < WARPS; w++) sum += of_column[w * 32 * 4];
         if (CLUSTER == 1) return;
-        cluster_arrive();
-        cluster_wait();
-        if ((int)threadIdx.x < SHARE)
+        if (rank > 0) {
+            received.mailbox.send(&received.sums[rank][column], sum);
+        } else {
+            received.mailbox.await();
 #pragma unroll
-            for (int block = 0; block < CLUSTER; block++) sum += received.sums[block][threadIdx.x];
+            for (int other = 1; other < CLUSTER; other++) sum += received.sums[other][column];
+        }
     }
 };

@@ -12,6 +12,7 @@ struct Arguments {
 
 struct Shared {
     u32 best[WARPS], place[WARPS];
+    Mailbox mailbox;
     float received[2][CLUSTER];  // the bits of each block's best and its place
 };
 
@@ -39,20 +40,14 @@ struct Best {
     }
 };
 
-// Gives `bits` to the first block of the cluster.
-__device__ __forceinline__ void report(float* own, u32 bits) {
-    if (blockIdx.x == 0)
-        *own = __uint_as_float(bits);
-    else
-        send(own, 0, __uint_as_float(bits));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_constant__ Arguments arguments) {
     extern __shared__ uint4 dynamic_shared[];
     Shared& shared = *(Shared*)dynamic_shared;
-    cluster_arrive();  // this block's memory may be written
+    const int rank = blockIdx.x;
+    if (rank == 0 && threadIdx.x == 0) shared.mailbox.open(2 * 4 * (CLUSTER - 1));
+    cluster_arrive();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, chunks = arguments.count / 8;
-    const int thread = blockIdx.x * THREADS + threadIdx.x;
+    const int thread = rank * THREADS + (int)threadIdx.x;
     await_previous_kernel();
     Best best{0, 0xffffffffu};
 #pragma unroll 4
@@ -68,17 +63,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_consta
     if (lane == 0) shared.best[warp] = best.rank, shared.place[warp] = best.place;
     __syncthreads();
     cluster_wait();
-    if (warp == 0) {
-        best = lane < WARPS ? Best{shared.best[lane], shared.place[lane]} : Best{0, 0xffffffffu};
-        best.over_warp();
-        if (lane == 0)
-            report(&shared.received[0][blockIdx.x], best.rank), report(&shared.received[1][blockIdx.x], best.place);
+    if (warp > 0) return;
+    best = lane < WARPS ? Best{shared.best[lane], shared.place[lane]} : Best{0, 0xffffffffu};
+    best.over_warp();
+    if (lane > 0) return;
+    if (rank > 0) {
+        shared.mailbox.send(&shared.received[0][rank], __uint_as_float(best.rank));
+        shared.mailbox.send(&shared.received[1][rank], __uint_as_float(best.place));
+        return;
     }
-    cluster_arrive();
-    cluster_wait();
-    if (blockIdx.x > 0 || threadIdx.x > 0) return;
-    for (int block = 0; block < CLUSTER; block++)
-        best.take(__float_as_uint(shared.received[0][block]), __float_as_uint(shared.received[1][block]));
+    shared.mailbox.await();
+    for (int other = 1; other < CLUSTER; other++)
+        best.take(__float_as_uint(shared.received[0][other]), __float_as_uint(shared.received[1][other]));
     *arguments.token = best.place;
     *arguments.checked = best.rank == NOT_FINITE ? arguments.invalid : best.place;
 }

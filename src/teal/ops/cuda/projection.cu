@@ -72,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     const u16* corner = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
     Stream<OneTile> stream(shared.slots, (const char*)corner, 2 * outputs, at);
     if (all) stream.start_all(PART);
-    if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited in Total
+    Total<OneTile>::open(shared.received, rank);
+    cluster_arrive();
     if (blockIdx.x == 0)
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -82,8 +83,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
 #pragma unroll
     for (int v = 0; v < PartInputs::VECTORS; v++)
         if (PartInputs::channel(v) < PART) bounds[v] = threshold.bounds(first + PartInputs::channel(v));
-    const int own = rank * Total<OneTile>::SHARE + (int)threadIdx.x, column = tile * OneTile::COLUMNS + own;
-    const bool finishes = (int)threadIdx.x < Total<OneTile>::SHARE && own < OneTile::COLUMNS && column < outputs;
+    const int column = tile * OneTile::COLUMNS + (int)threadIdx.x;
+    const bool finishes = rank == 0 && (int)threadIdx.x < OneTile::COLUMNS && column < outputs;
     const u16 bias = finishes && p.bias ? p.bias[column] : 0;
     const u16 sparse_bias = finishes && p.sparse_bias ? p.sparse_bias[column] : 0;
 
@@ -98,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     }
     const PartList list(x, bounds, all, stream, shared.list, shared.counts);
     const u16 residual = finishes && arguments.residual ? arguments.residual[column] : 0;
+    cluster_wait();
     float sums[8] = {};
     stream.run(sums, list.entries, list.count);
     const Total<OneTile> total(sums, at, shared.slots, shared.received, rank);

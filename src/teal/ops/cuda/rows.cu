@@ -22,17 +22,18 @@ constexpr int PART = CHANNELS / CLUSTER, COLUMNS = 8 * TILE_WIDTH;
 constexpr int SETS = TILE_WIDTH / CHUNKS, SET_WARPS = WARPS / SETS;  // warps that share columns
 constexpr int MOST_HEAD = PART / 2 / STEP;  // steps that are read before the masks are known
 constexpr int HEAD = (MOST_HEAD < DEPTH * SET_WARPS ? MOST_HEAD : DEPTH * SET_WARPS) * STEP;
-constexpr int SHARE = COLUMNS / CLUSTER;  // columns that a block finishes
-constexpr int STRIDE = 8 * CHUNKS + 4;    // of a row among sums, so that no two lanes meet in a bank
+constexpr int STRIDE = 8 * CHUNKS + 4;  // of a row among sums, so that no two lanes meet in a bank
+constexpr int FINISHED = divided_up(COLUMNS * TOKENS, THREADS);  // outputs of a thread of the cluster's first block
 using PartInputs = Inputs<PART>;
-static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0 && COLUMNS % CLUSTER == 0, "this tile is not supported");
+static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0, "this tile is not supported");
 
 struct Shared {
     union {
-        uint4 slots[WARPS][DEPTH][STEP][CHUNKS];  // weights on their way
-        float sums[WARPS][TOKENS][STRIDE];
-    };
-    float received[CLUSTER][TOKENS][SHARE];  // by the block they come from
+        uint4 slots[DEPTH][STEP][CHUNKS];  // weights on their way
+        float sums[TOKENS][STRIDE];
+    } of_warp[WARPS];
+    Mailbox mailbox;
+    float received[CLUSTER > 1 ? CLUSTER - 1 : 1][TOKENS][COLUMNS];  // of the blocks but the first
     alignas(16) u16 inputs[TOKENS][PART + 8];  // zero where a row drops the channel, and from PART on
     alignas(16) u16 list[PART + STEP];         // channels
     u32 counts[WARPS];
@@ -155,9 +156,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, set = warp % SETS, own = warp / SETS;
     const int rank = (int)blockIdx.x % CLUSTER, first = rank * PART, tile = (int)blockIdx.x / CLUSTER;
     const int outputs = arguments.outputs;
-    Weights weights(arguments, first, tile * TILE_WIDTH + set * CHUNKS, shared.slots[warp]);
+    Weights weights(arguments, first, tile * TILE_WIDTH + set * CHUNKS, shared.of_warp[warp].slots);
     for (int i = 0; i < DEPTH; i++) weights.start(i, own + i * SET_WARPS, HEAD / STEP, nullptr);
-    if (CLUSTER > 1) cluster_arrive();  // this block's memory may be written; awaited below
+    if (rank == 0 && threadIdx.x == 0) shared.mailbox.open(4 * (CLUSTER - 1) * COLUMNS * arguments.rows);
+    cluster_arrive();
 
     await_previous_kernel();
     const Threshold threshold(arguments.threshold, arguments.threshold_each != 0);
@@ -167,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
             const int step = own + i * SET_WARPS;
             if (step >= HEAD / STEP) weights.start(i, step, steps, shared.list);
         }
+    cluster_wait();
     float sums[CHUNKS / 2][4] = {};
     for (int i = 0, step = own; step < steps; i++, step += SET_WARPS) {
         await_groups<DEPTH - 1>();
@@ -183,42 +186,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
         weights.start(i, step + DEPTH * SET_WARPS, steps, shared.list);
     }
     await_groups<0>();
-
-    __syncthreads();  // the slots become sums
+    __syncwarp();
 #pragma unroll
     for (int two = 0; two < CHUNKS / 2; two++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (lane % 4 * 2 < TOKENS)
-                shared.sums[warp][lane % 4 * 2 + i % 2][two * 16 + lane / 4 + i / 2 * 8] = sums[two][i];
-    if (CLUSTER > 1) cluster_wait();
+                shared.of_warp[warp].sums[lane % 4 * 2 + i % 2][two * 16 + lane / 4 + i / 2 * 8] = sums[two][i];
     __syncthreads();
-    for (int task = threadIdx.x; task < COLUMNS * TOKENS; task += THREADS) {
-        const int c = task % COLUMNS, r = task / COLUMNS;
-        if (r >= arguments.rows) break;
-        float sum = 0.f;
+    float totals[FINISHED] = {};
 #pragma unroll
-        for (int w = 0; w < SET_WARPS; w++) sum += shared.sums[w * SETS + c / (8 * CHUNKS)][r][c % (8 * CHUNKS)];
-        float* to = &shared.received[rank][r][c % SHARE];
-        if (c / SHARE == rank)
-            *to = sum;
-        else
-            send(to, c / SHARE, sum);
-    }
-    if (CLUSTER > 1) {
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
-    for (int task = threadIdx.x; task < SHARE * TOKENS; task += THREADS) {
-        const int r = task / SHARE, c = tile * COLUMNS + rank * SHARE + task % SHARE;
-        if (r >= arguments.rows) break;
-        if (c >= outputs) continue;
-        float value = 0.f;
+    for (int i = 0; i < FINISHED; i++) {
+        const int task = (int)threadIdx.x + i * THREADS, c = task % COLUMNS, r = task / COLUMNS;
+        if (r >= arguments.rows) continue;
 #pragma unroll
-        for (int block = 0; block < CLUSTER; block++) value += shared.received[block][r][task % SHARE];
-        if (arguments.bias) value += to_float(arguments.bias[c]);
-        arguments.y[(u64)r * outputs + c] = to_bits(value);
+        for (int w = 0; w < SET_WARPS; w++)
+            totals[i] += shared.of_warp[w * SETS + c / (8 * CHUNKS)].sums[r][c % (8 * CHUNKS)];
+        if (rank > 0) shared.mailbox.send(&shared.received[rank - 1][r][c], totals[i]);
+    }
+    if (rank > 0) return;  // and make room for the next kernel
+    if (CLUSTER > 1) shared.mailbox.await();
+#pragma unroll
+    for (int i = 0; i < FINISHED; i++) {
+        const int task = (int)threadIdx.x + i * THREADS, c = task % COLUMNS, r = task / COLUMNS;
+        const int column = tile * COLUMNS + c;
+        if (r >= arguments.rows || column >= outputs) continue;
+        float value = totals[i];
+#pragma unroll
+        for (int other = 1; other < CLUSTER; other++) value += shared.received[other - 1][r][c];
+        if (arguments.bias) value += to_float(arguments.bias[column]);
+        arguments.y[(u64)r * outputs + column] = to_bits(value);
     }
 }
