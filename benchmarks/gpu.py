@@ -124,7 +124,7 @@ def main() -> None:
     device = torch.cuda.get_device_properties(0)
     results: dict[str, Any] = {
         "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}", "GPU": device.name, "driver": driver(),
-        "CUDA": torch.version.cuda, "torch": torch.__version__, "triton": versions()["triton"],
+        "CUDA": torch.version.cuda, "torch": torch.__version__, "Triton": versions()["triton"],
     }  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in results.items()))
     bandwidth = copy_bandwidth()

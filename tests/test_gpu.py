@@ -173,6 +173,7 @@ def test_a_sparse_head(monkeypatch):
     assert dense == list(decode_tokens(engine, [5, 6, 7], 40, ignore_eos=True, state=state))
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler gives some of its own
 def test_transformers_generates_alike_compiled_over_a_static_cache():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).to("cuda")
