@@ -1,9 +1,10 @@
 // Runs a CUDA kernel on a CPU, to test what it computes and how its threads wait for each other. Every CUDA thread is a
-// fiber that runs until it must wait: at a barrier or a shuffle.
+// fiber that runs until it must wait: at a barrier or a shuffle, or for mail.
 //
 // Stricter than a GPU where a GPU would hide a mistake: shared memory starts as NaN in every format; what is copied
-// asynchronously is NaN until it is awaited; no thread of a block may skip a barrier, none of a warp a shuffle. The
-// `order` in which they get their turn (0 first warp to last, 1 last to first, others at random) must not change a bit.
+// asynchronously is NaN until it is awaited, and words arrive only when all that a mailbox expects have been sent; no
+// thread of a block may skip a barrier, none of a warp a shuffle. The `order` in which they get their turn (0 first warp to
+// last, 1 last to first, others at random) must not change a bit.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -449,7 +450,7 @@ struct Mailbox {
         if (fiber.arrived || fiber.cluster_barriers) emulator::fail("a mailbox is opened too late");
         if (own.mailbox >= 0) emulator::fail("a mailbox is opened twice");
         own.mailbox = (char*)this - own.shared();
-        own.letters = {int(bytes / 4), 0, 0};
+        own.letters = {int(bytes / 4), 0, bytes == 0};  // none, and all have come
     }
     void send(float* place, float word) const {
         emulator::Fiber& fiber = *emulator::running;

@@ -29,6 +29,13 @@ def test_the_largest(size: int, dtype: torch.dtype) -> None:
         assert choose(logits) == (first, first)
 
 
+def test_without_clusters(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.install(monkeypatch, clusters=False)
+    logits = torch.rand(3001).to(HALF)
+    first = int((logits == logits.max()).nonzero()[0])
+    assert choose(logits) == (first, first)
+
+
 @pytest.mark.parametrize("dtype", [HALF, BRAIN], ids=str)
 def test_the_first_of_equals(dtype: torch.dtype) -> None:
     logits = torch.full((9000,), -1.0, dtype=dtype)

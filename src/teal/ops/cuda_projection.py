@@ -156,7 +156,7 @@ def choose_tuning(
     """One block for nearly every multiprocessor, with rows of whole lines of 128 bytes, as far as that goes together;
     None if the channels are too many.
 
-    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth that rows of 128 bytes do, 256 some more,
+    Measured on an H200: rows of 64 bytes reach two thirds of the bandwidth of rows of 128 bytes, of 256 a little more,
     consecutive kernels overlap best when each has one block on every multiprocessor, and blocks that own a tile alone
     want fewer weights on their way than those that share one.
     """
@@ -166,7 +166,7 @@ def choose_tuning(
             tuning = Tuning(width, cluster, threads, depth)
             if channels % (8 * cluster) or -(-channels // (4 * cluster * threads)) > MOST_VECTORS:
                 continue
-            if shared_bytes(channels, tuning) > most_shared_bytes or 8 * width > 128 * depth:
+            if shared_bytes(channels, tuning) > most_shared_bytes:
                 continue
             waves = blocks_of(outputs, tuning) / multiprocessors
             unaligned = 0.3 if width % 4 else 0.2 if width % 8 else 0

@@ -85,7 +85,7 @@ __device__ __forceinline__ void await_previous_kernel() {
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// A block's mailbox for words that other blocks of its cluster send, `bytes` of them altogether. One thread opens it, before
+// A block's mailbox for words that other blocks of its cluster send, `bytes` altogether. One thread opens it, before
 // the block arrives at the cluster's barrier; the others send after they have waited there, and may then exit.
 struct Mailbox {
     u64 barrier;
@@ -461,15 +461,11 @@ struct List {
 template <class Tile>
 struct Total {
     static constexpr int COLUMNS = Tile::COLUMNS;
-    static_assert(DEPTH * COLUMNS >= 2 * COLUMNS, "two slots hold a thread's sums");
     static_assert(COLUMNS <= THREADS, "more threads are needed: each finishes at most one column");
     struct Received {
         Mailbox mailbox;
-        float sums[CLUSTER][COLUMNS];  // of the blocks but the first
+        float sums[CLUSTER][COLUMNS];  // by block; the first one's stay in its threads
     };
-    __device__ __forceinline__ static void open(Received& received, int rank) {
-        if (rank == 0 && threadIdx.x == 0) received.mailbox.open(4 * COLUMNS * (CLUSTER - 1));
-    }
     float sum = 0.f;
 
     __device__ __forceinline__ Total(float (&partial)[8], const Tile& tile, uint4* slots, Received& received, int rank) {
@@ -490,7 +486,6 @@ struct Total {
         const float* of_column = (const float*)(wide + column % 8 / 4 * THREADS + column / 8) + column % 4;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += of_column[w * 32 * 4];
-        if (CLUSTER == 1) return;
         if (rank > 0) {
             received.mailbox.send(&received.sums[rank][column], sum);
         } else {

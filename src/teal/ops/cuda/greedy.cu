@@ -58,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) greedy(const __grid_consta
         for (int i = 0; i < 8; i++)
             best.take(rank_of(i % 2 ? high(pairs[i / 2]) : low(pairs[i / 2])), 8 * chunk + i);
     }
-    for (int i = 8 * chunks + thread; i < arguments.count; i += CLUSTER * THREADS) best.take(rank_of(arguments.logits[i]), i);
+    for (int i = 8 * chunks + thread; i < arguments.count; i += CLUSTER * THREADS)
+        best.take(rank_of(arguments.logits[i]), i);
     best.over_warp();
     if (lane == 0) shared.best[warp] = best.rank, shared.place[warp] = best.place;
     __syncthreads();

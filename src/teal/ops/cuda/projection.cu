@@ -29,6 +29,7 @@ constexpr int PART = CHANNELS / CLUSTER;
 using PartInputs = Inputs<PART>;
 using OneTile = Tile<TILE_WIDTH>;
 using PartList = List<OneTile, PART>;
+static_assert(DEPTH >= 2, "two slots hold a thread's sums");
 
 struct Shared {
     alignas(16) uint4 slots[DEPTH * THREADS];
@@ -72,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) projection(const __grid_co
     const u16* corner = p.weight + (u64)first * outputs + 8 * (tile * TILE_WIDTH + at.chunk);
     Stream<OneTile> stream(shared.slots, (const char*)corner, 2 * outputs, at);
     if (all) stream.start_all(PART);
-    Total<OneTile>::open(shared.received, rank);
+    if (rank == 0 && threadIdx.x == 0) shared.received.mailbox.open(4 * (CLUSTER - 1) * OneTile::COLUMNS);
     cluster_arrive();
     if (blockIdx.x == 0)
 #pragma unroll

@@ -25,7 +25,7 @@ constexpr int HEAD = (MOST_HEAD < DEPTH * SET_WARPS ? MOST_HEAD : DEPTH * SET_WA
 constexpr int STRIDE = 8 * CHUNKS + 4;  // of a row among sums, so that no two lanes meet in a bank
 constexpr int FINISHED = divided_up(COLUMNS * TOKENS, THREADS);  // outputs of a thread of the cluster's first block
 using PartInputs = Inputs<PART>;
-static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0, "this tile is not supported");
+static_assert(TILE_WIDTH % CHUNKS == 0 && WARPS % SETS == 0 && DEPTH >= 2, "this tile is not supported");
 
 struct Shared {
     union {
@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows(const __grid_constant
         if (rank > 0) shared.mailbox.send(&shared.received[rank - 1][r][c], totals[i]);
     }
     if (rank > 0) return;  // and make room for the next kernel
-    if (CLUSTER > 1) shared.mailbox.await();
+    shared.mailbox.await();
 #pragma unroll
     for (int i = 0; i < FINISHED; i++) {
         const int task = (int)threadIdx.x + i * THREADS, c = task % COLUMNS, r = task / COLUMNS;
