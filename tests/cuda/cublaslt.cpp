@@ -129,7 +129,8 @@ EXPORT int cublasLtMatmul(void*, Operation*, const float* alpha, const uint16_t*
                           Layout* of_b, const float* beta, const uint16_t* c, Layout* of_c, uint16_t* d, Layout* of_d,
                           const Algorithm* algorithm, void* workspace, size_t size, void* stream) {
     int index = algorithm->bytes[0], tile = algorithm->bytes[1], type = of_d->type;
-    if (!fits(of_a, of_b, of_c, of_d) || size < (tile ? tile_workspace : 16u * index) || (size && !workspace)) return INVALID_VALUE;
+    if (!fits(of_a, of_b, of_c, of_d)) return INVALID_VALUE;
+    if (size < (tile ? tile_workspace : 16u * index) || (size && !workspace)) return INVALID_VALUE;
     if ((uint64_t)stream != STREAM || index == failing) return INVALID_VALUE;
     for (uint64_t column = 0; column < of_d->columns; column++)
         for (uint64_t row = 0; row < of_d->rows; row++) {

@@ -460,7 +460,7 @@ struct Mailbox {
         if (fiber.cluster_barriers == 0) emulator::fail("a message to a block that may not have started");
         if (to.alive == 0) emulator::fail("a message to a block that has exited");
         if (to.mailbox != (char*)this - own) emulator::fail("a message to a mailbox that is not open");
-        if (to.letters.phase || to.letters.size == 0) emulator::fail("a message that the mailbox does not expect");
+        if (to.letters.phase) emulator::fail("a message that the mailbox does not expect");
         to.held.push_back({(char*)place - own, word});
         to.letters.arrive();
         if (to.letters.phase == 0) return;

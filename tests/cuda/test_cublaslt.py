@@ -101,6 +101,11 @@ def cost(library: Library, x: torch.Tensor, weight: torch.Tensor) -> float:
     return library.now - before
 
 
+def candidates() -> list[cublaslt.Candidate]:
+    product = cublaslt.Product(5, 24, 16, BRAIN)
+    return product.candidates(product.proposals())
+
+
 MEASURING = 3 * (1 + cublaslt.TRIES + 1 + cublaslt.REPEATS) + 1  # products
 
 
@@ -172,7 +177,7 @@ def test_tiles_that_are_not_proposed(library: Library, tmp_path: Path) -> None:
 def test_tiles_that_leave_places_or_take_many_waves(waves: float, library: Library) -> None:
     library.tiles.value = 1
     library.floats("tile_waves")[1] = waves
-    assert len(cublaslt.Product(5, 24, 16, BRAIN).candidates()) == 3
+    assert len(candidates()) == 3
 
 
 def test_tiles_that_take_too_much_memory(library: Library) -> None:
@@ -234,8 +239,7 @@ def test_only_the_best_tiles_are_measured(library: Library, monkeypatch: pytest.
     monkeypatch.setattr(cublaslt, "MOST_VARIANTS", 4)
     library.proposed.value, library.tiles.value = 1, 7
     library.floats("tile_waves")[1:] = [0.9, 1.0, 1.9, 2.0, 0.95, 3.0, 4.0]
-    product = cublaslt.Product(5, 24, 16, BRAIN)
-    assert [(each.place, each.tile) for each in product.candidates()] == [(0, 0), (0, 2), (0, 5), (0, 1), (0, 4)]
+    assert [(each.place, each.tile) for each in candidates()] == [(0, 0), (0, 2), (0, 5), (0, 1), (0, 4)]
 
 
 @pytest.mark.parametrize("about", ["device", "version", "dtype", "shape", "tiles"])

@@ -151,7 +151,7 @@ def check_json(arguments: argparse.Namespace) -> None:
         return
     target = Path(arguments.json)
     for name in _inputs(arguments):
-        if _is_same(target, name) or _is_read_in(target, name):
+        if is_same(target, name) or _is_read_in(target, name):
             raise UsageError(f"--json {target} would overwrite what this command reads; name another file")
 
 
@@ -167,7 +167,7 @@ def _inputs(arguments: argparse.Namespace, but: Collection[str] = ()) -> Iterato
             yield from (work_directory(arguments.model) / TUNED / name for name in (PLAN, "teal.json"))
 
 
-def _is_same(target: Path, other: Path) -> bool:
+def is_same(target: Path, other: Path) -> bool:
     return target.resolve() == other.resolve() or (target.exists() and other.exists() and target.samefile(other))
 
 
@@ -233,7 +233,7 @@ def output_path(arguments: argparse.Namespace, default: str, in_place: Collectio
     path = arguments.output or work_directory(arguments.model) / default
     claim(arguments, path)
     for name in _inputs(arguments, in_place):
-        if _is_same(path, name) or (path.name not in (STATISTICS, PLAN) and _is_read_in(path, name)):
+        if is_same(path, name) or (path.name not in (STATISTICS, PLAN) and _is_read_in(path, name)):
             raise UsageError(f"the output {path} would overwrite what this command reads; name another --output")
     return path
 
@@ -243,7 +243,7 @@ def claim(arguments: argparse.Namespace, path: Path) -> None:
     from teal.artifacts import check_writable
 
     check_writable(path)
-    if arguments.json not in (None, "-") and _is_same(Path(arguments.json), path):
+    if arguments.json not in (None, "-") and is_same(Path(arguments.json), path):
         raise UsageError(f"--json would overwrite the output {path}; name another file")
     if path.exists() and not arguments.overwrite:
         raise TealError(f"{path} exists; name another --output or pass --overwrite")

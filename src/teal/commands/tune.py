@@ -170,7 +170,7 @@ def _output(arguments: argparse.Namespace) -> Path:
 
     output = arguments.output or common.work_directory(arguments.model) / common.TUNED
     for path in (output / PLAN_FILE, output / SETTINGS_FILE, output / TUNING):
-        if any(Path(plan).resolve() in (path.resolve(), output.resolve()) for plan in arguments.plan or ()):
+        if any(common.is_same(own, Path(plan)) for plan in arguments.plan or () for own in (path, output)):
             raise UsageError(f"the output {output} holds a plan that this command reads; name another --output")
         common.claim(arguments, path)
     return output

@@ -14,7 +14,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -117,12 +117,11 @@ class Product:
             raise _Failure("it proposes nothing")
         return proposals
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self, proposals: Sequence[Algorithm]) -> list[Candidate]:
         """The proposals, and what they become with other tiles: those of the fewest and fullest waves of blocks."""
-        proposals = [Candidate(place, 0, proposal) for place, proposal in enumerate(self.proposals())]
-        known = {bytes(proposal.algorithm.opaque) for proposal in proposals}
+        known = {bytes(proposal.opaque) for proposal in proposals}
         variants: list[Candidate] = []
-        for place, _, proposal in proposals:
+        for place, proposal in enumerate(proposals):
             for tile in tiles_of(proposal):
                 try:
                     algorithm = self.accepted(with_tile(proposal, tile))
@@ -132,7 +131,8 @@ class Product:
                     known.add(bytes(algorithm.opaque))
                     variants.append(Candidate(place, tile, algorithm))
         variants.sort(key=lambda variant: (math.ceil(variant.algorithm.waves), -variant.algorithm.waves))
-        return proposals + variants[:MOST_VARIANTS]
+        proposed = [Candidate(place, 0, proposal) for place, proposal in enumerate(proposals)]
+        return proposed + variants[:MOST_VARIANTS]
 
     def accepted(self, algorithm: Algorithm) -> Algorithm:
         """One with another tile, or that was proposed for another number of tokens, as this product needs it."""
@@ -249,17 +249,18 @@ def _fastest_algorithm(tokens: int, weight: Tensor) -> Algorithm:
         return None
 
     try:
-        kept = cached("gemm", about, lambda: _measured(product, weight, tokens), lambda it: bool(algorithm_of(it)))
+        measured = partial(_measured, product, proposals, weight, tokens)
+        kept = cached("gemm", about, measured, lambda it: bool(algorithm_of(it)))
     except torch.OutOfMemoryError:  # nothing can be measured now
         return proposals[0]
     return algorithm_of(kept) or proposals[0]
 
 
-def _measured(product: Product, weight: Tensor, tokens: int) -> bytes:
+def _measured(product: Product, proposals: Sequence[Algorithm], weight: Tensor, tokens: int) -> bytes:
     """Place and tile of the fastest."""
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(tokens, weight.shape[0], device=weight.device, dtype=weight.dtype, generator=generator)
-    candidates = product.candidates()
+    candidates = product.candidates(proposals)
     first, tried = candidates[0], _times(product, candidates, x, weight, TRIES)
     quickest = sorted(range(1, len(candidates)), key=lambda index: min(tried[index]))
     finalists = [first, *(candidates[index] for index in quickest[: FINALISTS - 1])]
